@@ -1,0 +1,87 @@
+"""What the user sees while work goes on: messages, and progress that suits terminal and pod alike.
+
+Everything here goes to stderr; stdout is for data. A terminal gets a bar, a pod one line a tick.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+TICK_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """Print one line for the user."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str, hint: str | None = None) -> None:
+    """Print a warning, with a hint where there is one."""
+    say(f"warning: {message}" + (f"\n  hint: {hint}" if hint else ""))
+
+
+class Progress:
+    """Progress of one phase: a bar on a terminal, else one line every `TICK_SECONDS`."""
+
+    def __init__(self, label: str, total: int, *, unit: str = "step", quiet: bool = False) -> None:
+        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=True)
+
+    def update(self, done: int, **figures: float | str) -> None:
+        """Show that `done` of `total` is done, with some figures such as the loss."""
+        if self._bar is not None:
+            self._bar.n = done
+            if figures:
+                self._bar.set_postfix(figures, refresh=False)
+            self._bar.refresh()
+        elif not self.quiet and (
+            time.monotonic() - self._last >= TICK_SECONDS or done == self.total
+        ):
+            self._last = time.monotonic()
+            extra = "".join(
+                f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}"
+                for name, value in figures.items()
+            )
+            spent = self._last - self._start
+            say(f"{self.label}: {done}/{self.total} {self.unit}s  {spent:.0f} s{extra}")
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Upkeep:
+    """What a long loop calls once an iteration: progress, heartbeat, and whether to stop.
+
+    `on_tick(done, total, figures)` is called at most every `seconds` and once at the end; the loop
+    writes a checkpoint when `tick` returns True. `stopping()` is True after SIGTERM.
+    """
+
+    def __init__(
+        self,
+        on_tick: Callable[[int, int, dict[str, float]], None] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+        seconds: float = TICK_SECONDS,
+    ) -> None:
+        self._on_tick, self.stopping, self.seconds = on_tick, stopping, seconds
+        self._last = time.monotonic()
+
+    def tick(self, done: int, total: int, **figures: float) -> bool:
+        """Report, if a tick is due, that `done` of `total` iterations are done; True if it was."""
+        now = time.monotonic()
+        if done < total and not self.stopping() and now - self._last < self.seconds:
+            return False
+        self._last = now
+        if self._on_tick is not None:
+            self._on_tick(done, total, figures)
+        return True
