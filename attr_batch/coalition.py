@@ -51,7 +51,7 @@ class Coalition:
             width = -(-n // 4)
             if len(text) - 2 != width:
                 raise ValueError(f"{text!r} has {len(text) - 2} hex digits, wanted {width}")
-            number = int(text[2:], 16)
+            number = int(text, 0)
             if number >> n:
                 raise ValueError(f"{text!r} has bits beyond {n} contributors")
             return cls.parse(format(number, f"0{n}b"), n)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `what`, the place (`where`: a spec path, a file, a line), a `hint`."""
+    """One thing that is wrong: `what`, its place (`where`: a spec path, file, line), a `hint`."""
 
     what: str
     where: str | None = None

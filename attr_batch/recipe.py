@@ -1,8 +1,8 @@
 """What changes the number: canonical JSON, digests, seeds, and the frozen parts a spec is made of.
 
 Two runs with the same recipe give the same bits on the same machine, so a recipe's digest is the
-name under which the ledger keeps a value. Bump `RECIPE_VERSION` (and CHANGELOG's "Numbers") whenever
-the code gives another number for the same recipe.
+name under which the ledger keeps a value. Bump `RECIPE_VERSION` (and CHANGELOG's "Numbers")
+whenever the code gives another number for the same recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Part(BaseModel):
     but for those annotated `LOCATION`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def recipe(self) -> dict[str, Any]:
         """Return the JSON-able content that may change a number."""
