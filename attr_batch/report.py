@@ -1,0 +1,566 @@
+"""The statement a reader gets: one HTML page, and the table that a terminal prints.
+
+Pure functions from JSON to text, so a report can be made again from the store at any time, costs
+nothing and has the same bytes. The page is self-contained (its own style and SVG, samples as data
+URIs, no script; its content security policy forbids the rest) and every text that came from
+outside is escaped: contributor names are hostile until proven otherwise.
+
+The order follows the questions a contributor would ask: what is my share and how sure is it, does
+the method predict anything (the held-out check), what was measured (v(S) by size, samples), what
+did it cost, what exactly was computed, and what it does not say. A number without enough evidence
+behind it is marked where it stands, not in a footnote.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attr_batch.evidence import Cost, Evidence, Grid, PropertyEvidence
+from attr_batch.figures import (
+    MOST_ROWS,
+    cells,
+    decimals,
+    fit,
+    grid_png,
+    holdout_svg,
+    interval_svg,
+    number,
+    utility_svg,
+    visible,
+)
+
+__all__ = ["grid_png", "holdout_svg", "interval_svg", "marks", "page", "table", "utility_svg"]
+
+FOLD = 60  # contributors in the open table; the rest are in a fold below it
+WIDTH = 80  # of the terminal's table
+
+_SEMIVALUES = {
+    "shapley": (
+        "the average change in {title} when its images join those of a random group of the "
+        "others, every group size being equally likely"
+    ),
+    "banzhaf": (
+        "the average change in {title} when its images join those of a random subset of the "
+        "others, every subset being equally likely"
+    ),
+    "leave_one_out": "the change in {title} when its images alone are taken away",
+}
+_LIMITATIONS = (
+    "A property is measured with an instrument of our own (a small classifier, clusters) fitted "
+    "to this job's images. Its figures compare models of this job with each other; they are not "
+    "comparable with published scores, which use ImageNet's network.",
+    "Every model draws its samples from the same starting noise. That removes most of the noise "
+    "between models, and it makes every value conditional on that one set of noise.",
+    "The intervals belong to the least-squares values, not to the estimator's, which is steadier "
+    "but biased towards an equal split. They cover the choice of coalitions and the noise of "
+    "training; not the choice of property, model or starting noise.",
+    "A contributor who splits into two, or adds near-copies of the others' images, changes the "
+    "values of all. The values are right for this list of contributors only.",
+    "v(empty) is the score of a network without any training (or of the base without adapter). "
+    "Its noise images can score oddly high or low, and the values add up to the difference to it.",
+    "The counterfactual is a stand-in: instead of training a model from scratch for every "
+    "coalition, the given procedure approximates it. `attr-batch validate` measures how well.",
+    "The number of coalitions is a budget. With few of them the ranks of neighbours are a toss-up "
+    "even where the totals are sound; read the intervals, not the order.",
+)
+
+
+def headline(attribution: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headline property's object of an attribution.json."""
+    return next(a for a in attribution["attributions"] if a["property"] == attribution["headline"])
+
+
+def collapsed(attribution: Mapping[str, Any]) -> bool:
+    """Whether the estimator found no difference between contributors and split equally."""
+    values = [c["value"] for c in attribution["contributors"]]
+    plain = [c["ls_value"] for c in attribution["contributors"] if c["ls_value"] is not None]
+    spread, wide = max(values) - min(values), max(plain, default=0.0) - min(plain, default=0.0)
+    return spread <= max(1e-3 * wide, 1e-12 * max(abs(v) for v in values))
+
+
+def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tuple[str, str]]:
+    """Return what a reader must know before believing a number, as (what, explanation).
+
+    `attribution` is one property's object. An empty list means: nothing to object.
+    """
+    people, interval = attribution["contributors"], attribution["interval"]
+    counts, check = attribution["coalitions"], attribution["holdout"]
+    n, found = len(people), []
+    if provisional:
+        found.append(
+            (
+                "Provisional",
+                f"{counts['used']} of {counts['planned']} planned coalitions have a value. "
+                "These figures will change",
+            )
+        )
+    pairs = interval["pairs"]
+    evidence = f"{pairs} complement {'pair' if pairs == 1 else 'pairs'} for {n} contributors"
+    if any(c["low"] is None for c in people):
+        found.append(("Not enough evidence for intervals", f"{evidence}; more than {n} are needed"))
+    elif not interval["reliable"]:
+        wanted = math.ceil(2.5 * n)
+        found.append(("Intervals are rough", f"{evidence}; {wanted} are needed to rely on them"))
+    if collapsed(attribution):
+        found.append(
+            (
+                "Collapsed to equal split",
+                "the estimator could not tell the contributors apart from noise, so all values "
+                "are the same. This is no finding that they are equal",
+            )
+        )
+    if any(c["share"] is None for c in people):
+        found.append(
+            (
+                "No shares",
+                "the values differ in sign or add up to about zero, so a percentage of the total "
+                "would mean nothing",
+            )
+        )
+    if counts["failed"]:
+        found.append(
+            (
+                "Coalitions missing",
+                f"{counts['failed']} of {counts['planned']} planned have no value and are left out",
+            )
+        )
+    if not check or check["spearman"] is None:
+        found.append(("Not checked", "there are not enough held-out coalitions for a rank check"))
+    elif check["chance95"] is None or check["spearman"] <= check["chance95"]:
+        found.append(
+            (
+                "The check does not beat chance",
+                "on held-out coalitions the values predict no better than luck would",
+            )
+        )
+    if attribution["v_full"] <= attribution["v_empty"]:
+        found.append(
+            (
+                "An untrained model scores higher",
+                "v(empty) is not below v(full), so what is shared out is a loss, not a gain",
+            )
+        )
+    return found
+
+
+def table(attribution: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
+    """Return one property's values as text for a terminal, at most 80 columns wide.
+
+    `attribution` is one object of attribution.json; `names` maps contributor ids to what is shown.
+    """
+    rows = _ranked(attribution)
+    digits = decimals(rows)
+    names = names or {}
+    shown = [visible(names.get(r["id"]) or r["id"]) for r in rows]
+    columns = [
+        [str(k) for k in range(1, len(rows) + 1)],
+        shown,
+        [number(r["value"], digits) for r in rows],
+        [_interval(r, digits) for r in rows],
+        [_percent(r["share"]) for r in rows],
+        [str(r["images"]) for r in rows],
+    ]
+    confidence = f"{100 * attribution['interval']['confidence']:g} % interval"
+    heads = ["", "contributor", "value", confidence, "share", "images"]
+    total = ["", "total", number(sum(r["value"] for r in rows), digits), "", "", ""]
+    total[5] = str(sum(r["images"] for r in rows))
+    body = [[heads[k], *column, total[k]] for k, column in enumerate(columns)]
+    widths = [max(map(cells, column)) for column in body]
+    widths[1] = max(8, min(widths[1], WIDTH - sum(widths) + widths[1] - 2 * (len(widths) - 1)))
+    lines = []
+    for row in zip(*body, strict=True):
+        name = fit(row[1], widths[1])
+        name += " " * (widths[1] - cells(name))
+        rest = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([row[0].rjust(widths[0]), name, *rest]).rstrip())
+    lines.insert(1, "─" * max(map(cells, lines)))
+    lines.insert(-1, lines[1])
+    counts = attribution["coalitions"]
+    return "\n".join(
+        [
+            f"{visible(attribution['property'])}: {attribution['semivalue']} values by "
+            f"{attribution['estimator']}, {counts['used']} coalitions",
+            "",
+            *lines,
+            "",
+            f"held-out check: {_check(attribution)}",
+            f"v(empty) {number(attribution['v_empty'], digits)}   "
+            f"v(full) {number(attribution['v_full'], digits)}",
+            *(
+                textwrap.fill(f"! {what}: {why}", WIDTH, subsequent_indent="  ")
+                for what, why in marks(attribution)
+            ),
+        ]
+    )
+
+
+def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
+    """Return the report as one self-contained HTML page; the same input gives the same bytes.
+
+    `attribution` is the whole attribution.json; `evidence` and `cost` are described in
+    `attr_batch.evidence`.
+    """
+    first = headline(attribution)
+    others = [a for a in attribution["attributions"] if a is not first]
+    facts = evidence["properties"]
+    title = facts[first["property"]]["title"]
+    state = "PROVISIONAL: " if evidence["provisional"] else ""
+    banner = (
+        '<p class="provisional" role="status">Provisional: the plan is not complete. '
+        "Pay nobody by this page.</p>"
+        if evidence["provisional"]
+        else ""
+    )
+    sections = [
+        ("values", "Values", _values(first, facts[first["property"]])),
+        ("check", "Does it predict?", _check_section(first, facts[first["property"]])),
+        ("utilities", "What was measured", _utilities(first, facts[first["property"]])),
+        ("samples", "Samples", _samples(evidence["grids"])),
+        ("others", "Other properties", "".join(_folded(a, facts[a["property"]]) for a in others)),
+        ("cost", "What it took", _cost(evidence, cost)),
+        ("provenance", "Provenance", _provenance(first, evidence)),
+        ("limits", "What this does not say", _list(_LIMITATIONS)),
+    ]
+    sections = [(key, name, body) for key, name, body in sections if body]
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
+    bodies = "".join(
+        f'<section aria-labelledby="{key}"><h2 id="{key}">{name}</h2>{body}</section>'
+        for key, name, body in sections
+    )
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{state}{_safe(evidence['job'])}: who contributed to {_safe(title)}</title>"
+        f"<style>\n{css}</style></head>\n<body>{banner}"
+        f'<header><p class="over">Attribution statement</p><h1>{_safe(evidence["job"])}</h1>'
+        f"{_lead(first, facts[first['property']])}"
+        f"{_marks(first, evidence['provisional'])}</header>"
+        f'<nav aria-label="Sections">{links}</nav>\n<main>{bodies}</main>\n'
+        f"<footer><p>attr-batch {_safe(first['version'])}, spec "
+        f"{_safe(first['spec_digest'][:12])}</p></footer></body></html>\n"
+    )
+
+
+def _lead(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
+    digits = decimals(attribution["contributors"])
+    full, empty = (number(attribution[k], digits) for k in ("v_full", "v_empty"))
+    meaning = _SEMIVALUES.get(attribution["semivalue"], "its {semivalue} for {title}")
+    meaning = meaning.format(title=facts["title"], semivalue=attribution["semivalue"])
+    total = ""
+    if attribution["semivalue"] == "shapley":
+        gap = number(attribution["v_full"] - attribution["v_empty"], digits)
+        total = (
+            f" The values add up to {gap}: what the model made of everybody's images scores "
+            f"({full}) less what an untrained one does ({empty})."
+        )
+    return (
+        f'<p class="lead">What each of {len(attribution["contributors"])} contributors adds to '
+        f"<b>{_safe(facts['title'])}</b> (a higher value means {_safe(facts['higher_means'])}).</p>"
+        f"<p>A contributor's value is {_safe(meaning)}.{total}</p>"
+    )
+
+
+def _marks(attribution: Mapping[str, Any], provisional: bool) -> str:
+    found = marks(attribution, provisional)
+    items = "".join(f"<li><b>{_safe(what)}:</b> {_safe(why)}.</li>" for what, why in found)
+    return f'<ul class="marks" aria-label="Reservations">{items}</ul>' if items else ""
+
+
+def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
+    confidence = f"{100 * attribution['interval']['confidence']:g} %"
+    caption = (
+        f"{_safe(facts['title'].capitalize())}: values by {_safe(attribution['estimator'])} from "
+        f"{attribution['coalitions']['used']} coalitions, largest first."
+    )
+    ranked = list(enumerate(_ranked(attribution), 1))
+    text = _table(attribution, ranked[:FOLD], caption, confidence, foot=len(ranked) <= FOLD)
+    if len(ranked) > FOLD:
+        rest = f"Ranks {FOLD + 1} to {len(ranked)}."
+        folded = _table(attribution, ranked[FOLD:], rest, confidence, foot=True)
+        text += f"<details><summary>{rest[:-1]}</summary>{folded}</details>"
+    legend = (
+        '<span class="key"><i class="k-value" aria-hidden="true">●</i> value by '
+        f"{_safe(attribution['estimator'])}</span>"
+    )
+    if any(c["ls_value"] is not None for c in attribution["contributors"]):
+        shape = "◇" if len(ranked) <= MOST_ROWS else "│"
+        legend += (
+            f'<span class="key"><i class="k-ls" aria-hidden="true">{shape}</i> value by paired '
+            f"least squares, with its {confidence} interval</span>"
+        )
+    slope = attribution["shrinkage_slope"]
+    if slope is not None:
+        legend += (
+            f'<span class="key">The estimator shrinks towards an equal split: a true difference '
+            f"of 1 shows as about {slope:.2f}.</span>"
+        )
+    title = f"{facts['title']}: value and interval of each contributor"
+    return text + _plate(interval_svg(dict(attribution), title), legend)
+
+
+def _table(
+    attribution: Mapping[str, Any],
+    ranked: Sequence[tuple[int, Mapping[str, Any]]],
+    caption: str,
+    confidence: str,
+    foot: bool,
+) -> str:
+    """The table of contributors. Roles are explicit since a narrow screen lays it out as cards."""
+    everyone = attribution["contributors"]
+    digits = decimals(everyone)
+    low = min(0.0, *(c["value"] for c in everyone))
+    wide = max(0.0, *(c["value"] for c in everyone)) - low or 1.0
+    heads = ("rank", "contributor", "value", f"{confidence} interval", "least squares", "share")
+    head = "".join(
+        f'<th scope="col" role="columnheader" class="{style}">{name}</th>'
+        for name, style in zip(
+            (*heads, "images", ""), ("rank", "name", "", "", "", "", "", "bar"), strict=True
+        )
+    )
+    head = head.replace('class="bar"></th>', 'class="bar" aria-label="value as a bar"></th>')
+    body = []
+    for rank, c in ranked:
+        value = c["value"]
+        bar = (
+            f'<span style="--from:{_pc((min(value, 0) - low) / wide)};'
+            f'--wide:{_pc(abs(value) / wide)};--at:{_pc(-low / wide)}">'
+            f"<i{' class=negative' if value < 0 else ''}></i><b></b></span>"
+        )
+        more = zip(
+            (*heads[3:], "images"),
+            (
+                _interval(c, digits),
+                number(c["ls_value"], digits),
+                _percent(c["share"]),
+                f"{c['images']:,}",
+            ),
+            strict=True,
+        )
+        body.append(
+            f'<tr role="row"><td role="cell" class="rank">{rank}</td><th scope="row" '
+            f'role="rowheader" class="name"><bdi>{_safe(c["id"])}</bdi></th>'
+            f'<td role="cell" class="val">{number(value, digits)}</td>'
+            + "".join(
+                f'<td role="cell" class="more" data-label="{name}">{text}</td>'
+                for name, text in more
+            )
+            + f'<td role="cell" class="bar" aria-hidden="true">{bar}</td></tr>'
+        )
+    total = ""
+    if foot:
+        images = sum(c["images"] for c in everyone)
+        shared = all(c["share"] is not None for c in everyone)
+        total = (
+            '<tfoot role="rowgroup"><tr role="row"><td role="cell" class="pad"></td>'
+            '<th scope="row" role="rowheader" class="name">total</th>'
+            f'<td role="cell" class="val">{number(sum(c["value"] for c in everyone), digits)}</td>'
+            '<td role="cell" class="pad" colspan="2"></td>'
+            f'<td role="cell" class="pad">{"100 %" if shared else "–"}</td>'
+            f'<td role="cell" class="more" data-label="images">{images:,}</td>'
+            '<td role="cell" class="pad"></td></tr></tfoot>'
+        )
+    return (
+        f'<table class="values" role="table"><caption>{caption}</caption>'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(body)}</tbody>{total}</table>'
+    )
+
+
+def _check_section(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
+    check = attribution["holdout"]
+    if not check:
+        return "<p>No coalition was held out, so nothing shows that the values predict.</p>"
+    rows = [
+        ("Spearman correlation", number(check["spearman"], 2)),
+        ("a method that knows nothing stays below", number(check["chance95"], 2)),
+        ("root mean square error", number(check["rmse"], decimals(attribution["contributors"]))),
+        ("held-out coalitions", str(check["coalitions"])),
+    ]
+    text = (
+        "<p>Some coalitions were measured but not used for the values. For them, the sum of the "
+        "members' values is a prediction that could have failed.</p>"
+    )
+    return text + _plate(holdout_svg(dict(attribution), facts), _facts(rows))
+
+
+def _utilities(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
+    digits = decimals(attribution["contributors"])
+    endpoints = [u for u in facts["utilities"] if u["role"] == "endpoint"]
+    n = len(attribution["contributors"])
+    rows = [
+        ("v(empty), used for the values", number(attribution["v_empty"], digits)),
+        ("v(full), used for the values", number(attribution["v_full"], digits)),
+    ]
+    paper = facts.get("paper")
+    if paper:
+        rows += [
+            ("v(full) as the paper takes it: the unpruned model", number(paper["v_full"], digits)),
+            ("v(empty) as the paper takes it: untrained", number(paper["v_empty"], digits)),
+        ]
+    for size, name in ((0, "empty"), (n, "full")):
+        values = [number(u["value"], digits) for u in endpoints if u["size"] == size]
+        if len(values) > 1:
+            rows.append((f"replicates of v({name})", ", ".join(values)))
+    rows.append(("left over by the values", f"{attribution['efficiency_gap']:.1e}"))
+    legend = (
+        '<span class="key"><i class="k-value" aria-hidden="true">●</i> a coalition the values are '
+        'computed from</span><span class="key"><i class="k-ls" aria-hidden="true">○</i> a held-out '
+        'coalition</span><span class="key"><span aria-hidden="true">━</span> a replicate of '
+        "v(empty) or v(full)</span>"
+    )
+    if paper:
+        legend += '<span class="key"><span aria-hidden="true">✕</span> as the paper takes it</span>'
+    return _plate(utility_svg(dict(attribution), facts), legend) + _facts(rows)
+
+
+def _samples(grids: Sequence[Grid]) -> str:
+    sheets = []
+    for grid in grids:
+        members = grid["members"]
+        who = "" if members is None else f": {_members(members)}"
+        caption = f"{_safe(grid['caption'])}{who}"
+        sheets.append(
+            f'<figure><img alt="Samples: {_safe(grid["caption"])}" '
+            f'src="data:image/png;base64,{_safe(grid["png_base64"])}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    note = "<p>Drawn from the same starting noise, image by image.</p>"
+    return f'{note}<div class="sheets">{"".join(sheets)}</div>' if sheets else ""
+
+
+def _folded(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
+    digits = decimals(attribution["contributors"])
+    full, empty = (number(attribution[k], digits) for k in ("v_full", "v_empty"))
+    return (
+        f"<details><summary>{_safe(facts['title'].capitalize())} <small>v(full) {full}, v(empty) "
+        f"{empty}; held-out check: {_safe(_check(attribution))}</small></summary>"
+        f"<p>A higher value means {_safe(facts['higher_means'])}.</p>{_marks(attribution, False)}"
+        f"{_values(attribution, facts)}<h3>Held-out check</h3>{_check_section(attribution, facts)}"
+        f"<h3>What was measured</h3>{_utilities(attribution, facts)}</details>"
+    )
+
+
+def _cost(evidence: Evidence, cost: Cost) -> str:
+    rows = [(name, _seconds(s)) for name, s in cost["seconds"].items()]
+    rows.append(("all phases", _seconds(sum(cost["seconds"].values()))))
+    if cost["wall_seconds"] is not None:
+        rows.append(("from start to end", _seconds(cost["wall_seconds"])))
+    if cost["median_seconds_per_coalition"] is not None:
+        rows.append(("one coalition (median)", _seconds(cost["median_seconds_per_coalition"])))
+    rows.append(("coalitions computed", f"{cost['evaluated']:,}"))
+    rows.append(("coalitions found in the store", f"{cost['reused']:,}"))
+    pruning = evidence["pruning"]
+    if pruning:
+        for name, key in (("operations (MACs) per image", "macs"), ("parameters", "parameters")):
+            before, after = pruning[f"{key}_before"], pruning[f"{key}_after"]
+            fewer = f"{before / after:.2f}× fewer" if after else ""
+            rows.append((f"{name}, pruned", f"{before:,} → {after:,} ({fewer})"))
+    rows.append(("machines", ", ".join(cost["machines"]) or "–"))
+    return _facts(rows)
+
+
+def _provenance(attribution: Mapping[str, Any], evidence: Evidence) -> str:
+    rows = [
+        ("spec digest", attribution["spec_digest"]),
+        ("base", evidence["base"]),
+        ("counterfactual", evidence["counterfactual"]),
+        ("recipe", _flat(attribution["recipe"])),
+        ("numerics class", _flat(attribution["numerics"])),
+        ("interval", f"{attribution['interval']['method']}, df {attribution['interval']['df']}"),
+        ("attr-batch", attribution["version"]),
+        *evidence["provenance"].items(),
+    ]
+    rows += [(card["kind"], _flat(card["card"])) for card in evidence["instruments"]]
+    text = _facts([(name, str(value)) for name, value in rows], "long")
+    if evidence["warnings"]:
+        text = f'<ul class="marks">{_items(evidence["warnings"])}</ul>' + text
+    if evidence["failures"]:
+        failures = [
+            f"{f['coalition']}, replicate {f['replicate']}: {f['what']}"
+            for f in evidence["failures"]
+        ]
+        text += f"<h3>Coalitions without a value</h3>{_list(failures)}"
+    return text
+
+
+def _ranked(attribution: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return sorted(attribution["contributors"], key=lambda c: (-c["value"], c["id"]))
+
+
+def _check(attribution: Mapping[str, Any]) -> str:
+    check = attribution["holdout"]
+    if not check or check["spearman"] is None:
+        return "none, too few held-out coalitions"
+    chance = number(check["chance95"], 2)
+    return (
+        f"Spearman {number(check['spearman'], 2)} over {check['coalitions']} coalitions "
+        f"(chance stays below {chance})"
+    )
+
+
+def _interval(row: Mapping[str, Any], digits: int) -> str:
+    if row["low"] is None:
+        return "–"
+    return f"{number(row['low'], digits)} … {number(row['high'], digits)}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %".replace("-", "−")
+
+
+def _pc(part: float) -> str:
+    return f"{100 * part:.2f}%"
+
+
+def _seconds(s: float) -> str:
+    if s < 120:
+        return f"{s:.1f} s"
+    hours, rest = divmod(round(s), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+def _members(members: Sequence[str]) -> str:
+    if not members:
+        return "nobody"
+    shown = ", ".join(f"<bdi>{_safe(m)}</bdi>" for m in members[:12])
+    return shown + (f" and {len(members) - 12} more" if len(members) > 12 else "")
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_flat, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _facts(rows: Iterable[tuple[str, str]], style: str = "") -> str:
+    body = "".join(
+        f'<tr><th scope="row">{_safe(name)}</th><td class="{style}">{_safe(text)}</td></tr>'
+        for name, text in rows
+    )
+    return f'<table class="facts"><tbody>{body}</tbody></table>'
+
+
+def _plate(svg: str, caption: str) -> str:
+    return f'<figure class="plate">{svg}<figcaption>{caption}</figcaption></figure>'
+
+
+def _items(texts: Iterable[str]) -> str:
+    return "".join(f"<li>{_safe(text)}</li>" for text in texts)
+
+
+def _list(texts: Iterable[str]) -> str:
+    return f"<ul>{_items(texts)}</ul>"
+
+
+def _safe(text: str) -> str:
+    return html.escape(visible(text), quote=True)
