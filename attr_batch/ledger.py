@@ -1,7 +1,7 @@
 """The ledger: one folder of immutable facts, each named by what it depends on.
 
     specs/<spec digest>.json            what was asked, resolved
-    plans/<spec digest>.jsonl           which coalition is evaluated under which run key
+    plans/<spec digest>-<numerics>.jsonl  which coalition is evaluated under which run key
     bases/<id>/  properties/<id>/       trained or fitted once; manifest.json holds their digests
     runs/<key>/<property>-<digest>.json one measured utility: it exists <=> it is done
     runs/<key>/derivation.json, grid.png, samples.safetensors, diverged.json
@@ -33,6 +33,7 @@ from attr_batch.log import TICK_SECONDS
 from attr_batch.recipe import canonical, digest
 
 ALIVE_SECONDS = 3 * TICK_SECONDS
+CLAIM_SECONDS = 0.02
 REPAIR_HINT = "`attr-batch repair JOB.yaml` puts such files aside; the next run makes them again"
 
 
@@ -227,7 +228,7 @@ class Ledger:
     def __str__(self) -> str:
         return str(self.store.root)
 
-    # -- facts ---------------------------------------------------------------------------------------
+    # -- facts ------------------------------------------------------------------------------------
 
     def fact(self, name: str) -> dict[str, Any] | None:
         """Return the sealed fact under `name`, or None. LedgerConflict if it is damaged."""
@@ -250,15 +251,15 @@ class Ledger:
                 "exists with other content", str(self.store.path(name)), REPAIR_HINT
             )
 
-    # -- specs and plans -----------------------------------------------------------------------------
+    # -- specs and plans --------------------------------------------------------------------------
 
     def spec_name(self, spec_digest: str) -> str:
         """Return the name of a resolved spec."""
         return f"specs/{spec_digest}.json"
 
-    def plan_name(self, spec_digest: str) -> str:
-        """Return the name of a plan."""
-        return f"plans/{spec_digest}.jsonl"
+    def plan_name(self, spec_digest: str, numerics_digest: str) -> str:
+        """Return the name of a plan: its run keys depend on the spec and the numerics class."""
+        return f"plans/{spec_digest}-{numerics_digest[:12]}.jsonl"
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """Return every readable resolved spec by its digest."""
@@ -271,12 +272,17 @@ class Ledger:
                         found[name.removesuffix(".json")] = spec
         return found
 
-    def plan_keys(self, spec_digest: str) -> list[str]:
-        """Return the run keys of a stored plan."""
-        data = self.store.read(self.plan_name(spec_digest)) or b""
-        return [json.loads(line)["key"] for line in data.splitlines()]
+    def plans(self) -> dict[str, list[dict[str, Any]]]:
+        """Return every readable plan's lines (the first is its head) by file name."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name in self.store.children("plans"):
+            if name.endswith(".jsonl") and not is_temporary(name):
+                with contextlib.suppress(ValueError):
+                    data = self.store.read(f"plans/{name}") or b""
+                    found[name] = [json.loads(line) for line in data.splitlines()]
+        return found
 
-    # -- things made once: bases and fitted properties -----------------------------------------------
+    # -- things made once: bases and fitted properties --------------------------------------------
 
     def thing(self, family: str, thing_id: str) -> Path | None:
         """Return the folder of a base or property (`family` bases|properties), or None."""
@@ -291,19 +297,20 @@ class Ledger:
         if manifest is None:
             raise LedgerConflict("is not there", str(folder), REPAIR_HINT)
         for file, sha256 in manifest["files"].items():
-            data = self.store.read(f"{name}/{file}")
-            if data is None or digest(data) != sha256:
-                raise LedgerConflict("missing or altered", str(folder / file), REPAIR_HINT)
+            self.verified(f"{name}/{file}", sha256)
         return folder, digest(manifest)
 
-    def publish_thing(self, family: str, thing_id: str, source: Path, inputs: Any) -> None:
-        """Publish a finished folder with a manifest of its files' digests and its inputs."""
+    def publish_thing(
+        self, family: str, thing_id: str, source: Path, inputs: Any, seconds: float
+    ) -> None:
+        """Publish a finished folder with a manifest: files' digests, inputs, seconds it took."""
         files = {file.name: digest(file.read_bytes()) for file in sorted(source.iterdir())}
         files.pop("manifest.json", None)
-        (source / "manifest.json").write_bytes(seal({"files": files, "inputs": inputs}))
+        manifest = {"files": files, "inputs": inputs, "seconds": seconds}
+        (source / "manifest.json").write_bytes(seal(manifest))
         self.store.publish_folder(source, f"{family}/{thing_id}")
 
-    # -- runs ----------------------------------------------------------------------------------------
+    # -- runs -------------------------------------------------------------------------------------
 
     def value_name(self, key: str, prop: str, prop_digest: str) -> str:
         """Return the name of a measured value: run key, property name, property digest."""
@@ -319,6 +326,19 @@ class Ledger:
         ):
             raise LedgerConflict("belongs to another run", str(self.store.path(name)), REPAIR_HINT)
         return fact
+
+    def publish_file(self, name: str, data: bytes) -> str:
+        """Publish a file unless there is one; return the sha256 of the one that stays."""
+        if self.store.publish(name, data):
+            return digest(data)
+        return digest(self.store.read(name) or b"")
+
+    def verified(self, name: str, sha256: str) -> bytes:
+        """Return a file's bytes. LedgerConflict if they do not have this sha256."""
+        data = self.store.read(name)
+        if data is None or digest(data) != sha256:
+            raise LedgerConflict("missing or altered", str(self.store.path(name)), REPAIR_HINT)
+        return data
 
     def has_value(self, key: str, prop: str, prop_digest: str) -> bool:
         """Return whether a value is published (its digest is checked when it is read)."""
@@ -340,7 +360,7 @@ class Ledger:
         """Return the name of the fact that a run diverges each time and was given up."""
         return f"runs/{key}/diverged.json"
 
-    # -- mutable: work and failures ------------------------------------------------------------------
+    # -- mutable: work and failures ---------------------------------------------------------------
 
     def work(self, name: str) -> Path:
         """Return a path under work/ whose folder exists."""
@@ -363,6 +383,19 @@ class Ledger:
             "time": time.time(),
         }
         self.store.replace(f"work/heartbeats/{name}.json", canonical(beat))
+
+    def claim(self, name: str, phase: str) -> bool:
+        """Begin to work on `name` unless another live process does; True if it is ours.
+
+        Of two that begin at the same moment the later writer keeps it. A lost race costs double
+        work at worst: results are published once whoever is first.
+        """
+        if self.heartbeat(name) is not None:
+            return False
+        self.beat(name, phase)
+        time.sleep(CLAIM_SECONDS)
+        holder = self.heartbeat(name)
+        return holder is not None and holder.mine
 
     def rest(self, name: str) -> None:
         """Say that nobody works on `name` any more."""
@@ -402,7 +435,7 @@ class Ledger:
         """Forget a failure: the evaluation succeeded."""
         self.store.delete(f"failures/{key}.json")
 
-    # -- upkeep --------------------------------------------------------------------------------------
+    # -- upkeep -----------------------------------------------------------------------------------
 
     def bad_files(self) -> list[tuple[str, str]]:
         """Return (name, reason) of every file that is no intact fact where a fact should be."""
@@ -442,7 +475,10 @@ class Ledger:
             if name.endswith(".json"):
                 self.fact(name)
             elif name.endswith(".jsonl"):
-                self.plan_keys(name.removeprefix("plans/").removesuffix(".jsonl"))
+                [
+                    json.loads(line)["key"]
+                    for line in (self.store.read(name) or b"").splitlines()[1:]
+                ]
         except (LedgerConflict, ValueError, KeyError, TypeError) as problem:
             what = problem.problems[0].what if isinstance(problem, LedgerConflict) else "torn"
             return [(name, what)]
@@ -465,3 +501,41 @@ class Ledger:
             for path in self.store.root.rglob(".*.tmp")
             if path.is_file() and path.stat().st_mtime < old
         ]
+
+    def unneeded(self, forget: list[str]) -> list[tuple[str, int]]:
+        """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account."""
+        needed: set[str] = set()
+        dropped: list[str] = []
+        for name, lines in self.plans().items():
+            spec = str(lines[0]["spec"]) if lines else ""
+            if any(spec.startswith(given) for given in forget if given):
+                dropped += [f"plans/{name}", f"specs/{spec}.json", f"reports/{spec}"]
+                continue
+            needed |= {f"specs/{spec}.json", f"reports/{spec}", f"reports/{spec}-provisional"}
+            needed |= {f"bases/{base}" for base in lines[0]["bases"]}
+            needed |= {f"properties/{thing}" for thing in lines[0]["properties"]}
+            needed |= {f"runs/{key}" for line in lines[1:] for key in self._with_substitutes(line)}
+        for family in ("specs", "bases", "properties", "runs", "reports"):
+            dropped += [f"{family}/{child}" for child in self.store.children(family)]
+        dropped += self.temporaries()
+        names = [name for name in dict.fromkeys(dropped) if name not in needed]
+        return [(name, self._bytes(name)) for name in names if self.store.exists(name)]
+
+    def _with_substitutes(self, line: dict[str, Any]) -> Iterator[str]:
+        """Yield a plan line's run key, and those that stand in for it where it diverged."""
+        key: str | None = line["key"]
+        while key is not None:
+            yield key
+            diverged = self.fact(self.diverged_name(key))
+            key = None if diverged is None else diverged["next"]
+
+    def _bytes(self, name: str) -> int:
+        path = self.store.path(name)
+        files = path.rglob("*") if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    def drop(self, name: str) -> None:
+        """Remove a file or folder that nothing needs."""
+        path = self.store.path(name)
+        with _explained(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

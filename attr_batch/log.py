@@ -61,11 +61,15 @@ class Progress:
 
 
 class Upkeep:
-    """What a long loop calls once an iteration: progress, heartbeat, and whether to stop.
+    """What a long loop calls once an iteration: heartbeat, checkpoints, and whether to stop.
 
-    `on_tick(done, total, figures)` is called at most every `seconds` and once at the end; the loop
-    writes a checkpoint when `tick` returns True. `stopping()` is True after SIGTERM.
+    `on_tick(done, total, figures)` is called at most every `seconds` and once at the end. `tick`
+    returns True when the loop should write a checkpoint: when it must stop, and otherwise at ticks,
+    but so seldom that writing takes no more than about 1/`THRIFT` of the time. `stopping()` is True
+    after SIGTERM.
     """
+
+    THRIFT = 50
 
     def __init__(
         self,
@@ -74,14 +78,22 @@ class Upkeep:
         seconds: float = TICK_SECONDS,
     ) -> None:
         self._on_tick, self.stopping, self.seconds = on_tick, stopping, seconds
-        self._last = time.monotonic()
+        self._last = self._saved = time.monotonic()
+        self._saving = False
+        self._pause = seconds
 
     def tick(self, done: int, total: int, **figures: float) -> bool:
-        """Report, if a tick is due, that `done` of `total` iterations are done; True if it was."""
+        """Report that `done` of `total` iterations are done; True: write a checkpoint now."""
         now = time.monotonic()
+        if self._saving:  # the last call asked for a checkpoint, which has been written since
+            self._pause = max(self.seconds, self.THRIFT * (now - self._saved))
+            self._saving = False
         if done < total and not self.stopping() and now - self._last < self.seconds:
             return False
         self._last = now
         if self._on_tick is not None:
             self._on_tick(done, total, figures)
+        if not self.stopping() and now - self._saved < self._pause:
+            return False
+        self._saved, self._saving = now, True
         return True

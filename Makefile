@@ -1,0 +1,58 @@
+# make help lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lint types bench clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv, install pinned requirements, build the extension
+
+$(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed"; \
+	  echo "  hint: apt-get install python3 python3-venv, or make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: the venv module is missing"; \
+	  echo "  hint: apt-get install python3-venv"; exit 1; }
+	@command -v g++ > /dev/null || { \
+	  echo "warning: no C++ compiler: the reference ops will be used"; \
+	  echo "  hint: apt-get install g++"; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  torch setuptools wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: setup ## run the main job on real handwritten digits, print the attribution table
+	$(BIN)/attr-batch run examples/digits/job.yaml
+
+test: setup ## run all tests that need no GPU
+	$(BIN)/python -m pytest
+
+check: setup format lint types ## what CI runs: format, lint, types, native code, tests
+	$(BIN)/python setup.py compile_cuda
+	$(MAKE) --no-print-directory test
+
+format: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(SOURCES))
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/pyright
+
+bench: setup ## run the benchmarks, write benchmarks/results/*.json
+	$(BIN)/python benchmarks/estimators.py --json > benchmarks/results/estimators.json
+	$(BIN)/python benchmarks/ops.py --json > benchmarks/results/ops.json
+	$(BIN)/python benchmarks/demo.py --json > benchmarks/results/demo.json
+
+clean: ## remove the environment and build outputs
+	rm -rf $(VENV) build *.egg-info attr_batch/*.so

@@ -1,0 +1,354 @@
+"""The command line: data on stdout, everything else on stderr, the exit codes of `errors.py`.
+
+Imports are inside the commands: `--help` and the commands that only read answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from attr_batch import __version__
+from attr_batch.errors import AttrBatchError, SpecError
+from attr_batch.log import say
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code and a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(message, self.prog, f"`{self.prog} --help` shows an example")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.command(arguments) or 0
+    except AttrBatchError as error:
+        for problem in error.problems:
+            say(f"error: {problem}")
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        say("error: stopped by Ctrl-C")
+        return 75
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="attr-batch",
+        description="Credit the data contributors of a diffusion model: Shapley values with "
+        "intervals of a property of the model.",
+        epilog="Start with: attr-batch run examples/digits/job.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"attr-batch {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int | None], text: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_job(
+        name: str, command: Callable[[argparse.Namespace], int | None], text: str, json_too: bool
+    ) -> argparse.ArgumentParser:
+        sub = add(name, command, text, f"attr-batch {name} examples/digits/job.yaml")
+        sub.add_argument("job", metavar="JOB.yaml", help="the job spec")
+        sub.add_argument(
+            "--set",
+            metavar="PATH=VALUE",
+            action="append",
+            default=[],
+            dest="overrides",
+            help="override a value of the spec, read as YAML; may be given several times",
+        )
+        if json_too:
+            sub.add_argument("--json", action="store_true", help="print JSON on stdout")
+        return sub
+
+    run = add_job("run", _run, "do whatever is missing, then report", True)
+    run.add_argument("--shard", metavar="I/N", help="do the I-th of N parts (from 0)")
+    run.add_argument(
+        "--provisional", action="store_true", help="report although evaluations are missing"
+    )
+    add_job("check", _check, "check spec, data, model and properties before any work", True)
+    add_job("plan", _plan, "show what a run would do, what it can reuse, and why not", True)
+    add_job("status", _status, "show what is done, running, failed and waiting", True)
+    report = add_job("report", _report, "write attribution and report from the ledger", True)
+    report.add_argument("--provisional", action="store_true", help="although some are missing")
+    add_job("sync", _sync, "make or complete the MLflow mirror", False)
+    repair = add_job(
+        "repair", _repair, "put damaged files aside so that a run can remake them", True
+    )
+    repair.add_argument("--dry-run", action="store_true", help="only show them")
+
+    gc = add("gc", _gc, "drop what no spec in a store needs", "attr-batch gc attr-batch-store")
+    gc.add_argument("store", metavar="STORE", help="the store's folder")
+    gc.add_argument("--apply", action="store_true", help="do it; without: only show")
+    gc.add_argument(
+        "--forget",
+        metavar="SPEC",
+        action="append",
+        default=[],
+        help="also drop this spec (digest or its beginning) and what only it needs",
+    )
+    gc.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+    example = "attr-batch design --players 20 --budget 100 > design.csv"
+    design = add("design", _design, "print coalitions to evaluate anywhere, as CSV", example)
+    design.add_argument("--players", type=int, required=True, metavar="N", help="contributors")
+    design.add_argument("--budget", type=int, metavar="M", help="number of design evaluations")
+    design.add_argument("--estimator", default="ridge", metavar="KIND")
+    design.add_argument("--seed", type=int, default=0, metavar="S")
+    design.add_argument("--json", action="store_true", help="print JSON instead of CSV")
+
+    example = "attr-batch attribute values.csv --estimator ridge --json"
+    attribute = add("attribute", _attribute, "solve from utilities computed anywhere", example)
+    attribute.add_argument("values", metavar="VALUES.csv", help="columns coalition, value, ...")
+    attribute.add_argument("--players", type=int, metavar="N", help="needed for 0x coalitions")
+    attribute.add_argument("--estimator", default="ridge", metavar="KIND")
+    attribute.add_argument("--semivalue", default="shapley", metavar="KIND")
+    attribute.add_argument("--confidence", type=float, default=0.95, metavar="C")
+    attribute.add_argument("--seed", type=int, default=0, metavar="S")
+    attribute.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+    doctor = add("doctor", _doctor, "show devices, native ops and versions", "attr-batch doctor")
+    doctor.add_argument("--json", action="store_true", help="print JSON on stdout")
+    add(
+        "schema",
+        _schema,
+        "print the JSON Schema of the spec",
+        "attr-batch schema > job.schema.json",
+    )
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def _open(arguments: argparse.Namespace) -> Any:
+    """Return the checked Job of a command line."""
+    from attr_batch.job import Job
+    from attr_batch.spec import load
+
+    job = Job(load(arguments.job, arguments.overrides))
+    job.check()
+    return job
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """Return (i, n) of `--shard i/n`, or of the variables that an Indexed Job sets."""
+    place = "--shard"
+    if text is None:
+        index, count = os.environ.get("JOB_COMPLETION_INDEX"), os.environ.get("ATTR_BATCH_SHARDS")
+        if index is None or count is None:
+            return 0, 1
+        text, place = f"{index}/{count}", "JOB_COMPLETION_INDEX/ATTR_BATCH_SHARDS"
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise SpecError(
+            f"got {text!r}, wanted I/N with 0 <= I < N", place, "for example --shard 0/4"
+        )
+    return int(i), int(n)
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from attr_batch.runner import run
+
+    shard, shards = _shard(arguments.shard)
+    attribution = run(_open(arguments), shard, shards, arguments.provisional)
+    if attribution is not None:
+        _show_results(_open_quietly(arguments), attribution, arguments)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from attr_batch.results import publish
+
+    job = _open(arguments)
+    _show_results(job, publish(job, arguments.provisional), arguments)
+
+
+def _open_quietly(arguments: argparse.Namespace) -> Any:
+    return _open(arguments)
+
+
+def _show_results(job: Any, attribution: dict[str, Any], arguments: argparse.Namespace) -> None:
+    from attr_batch.results import summary
+
+    if arguments.json:
+        _print_json(attribution)
+    else:
+        print(summary(job, attribution, arguments.provisional))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    job = _open(arguments)
+    _ = job.dataset  # decodes every image: all that can be wrong with them is known before work
+    facts = {
+        "contributors": len(job.card.roster),
+        "images": sum(c.images for c in job.card.roster.contributors),
+        "shape": job.card.recipe()["shape"],
+        "evaluations": len(job.plan),
+        "spec_digest": job.spec_digest,
+        "numerics": job.numerics,
+    }
+    if arguments.json:
+        _print_json(facts)
+    else:
+        print(f"{arguments.job}: sound")
+        for name, value in facts.items():
+            print(f"  {name:<13}{value}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from attr_batch.outlook import plan, plan_text
+
+    facts = plan(_open(arguments))
+    _print_json(facts) if arguments.json else print(plan_text(facts))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from attr_batch.outlook import status, status_text
+
+    facts = status(_open(arguments))
+    _print_json(facts) if arguments.json else print(status_text(facts))
+
+
+def _sync(arguments: argparse.Namespace) -> None:
+    from attr_batch.results import sync
+
+    sync(_open(arguments))
+
+
+def _repair(arguments: argparse.Namespace) -> None:
+    from attr_batch.ledger import Ledger
+    from attr_batch.spec import load
+
+    ledger = Ledger(load(arguments.job, arguments.overrides).store)
+    found = []
+    for name, reason in ledger.bad_files():
+        moved = None if arguments.dry_run else ledger.quarantine(name)
+        found.append({"file": name, "reason": reason, "moved_to": moved})
+    if arguments.json:
+        _print_json(found)
+        return
+    for item in found:
+        print(
+            f"{item['file']}: {item['reason']}"
+            + (f" -> {item['moved_to']}" if item["moved_to"] else "")
+        )
+    say(
+        f"{len(found)} damaged or foreign files" + (" (nothing moved)" if arguments.dry_run else "")
+    )
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from attr_batch.ledger import Ledger
+
+    if not Path(arguments.store).is_dir():
+        raise SpecError("no such folder", arguments.store, "wanted the `store` of a job spec")
+    ledger = Ledger(arguments.store)
+    dropped = ledger.unneeded(arguments.forget)
+    if arguments.apply:
+        for name, _ in dropped:
+            ledger.drop(name)
+    if arguments.json:
+        _print_json([{"name": name, "bytes": size} for name, size in dropped])
+        return
+    for name, size in dropped:
+        print(f"{size:>12,}  {name}")
+    total = sum(size for _, size in dropped)
+    say(
+        f"{len(dropped)} things, {total:,} bytes"
+        + ("" if arguments.apply else "; --apply drops them")
+    )
+
+
+# -- without a job --------------------------------------------------------------------------------
+
+
+def _estimator(kind: str, **given: Any) -> Any:
+    """Return an estimator by its kind and the options that it knows."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from attr_batch.estimators import Estimator
+
+    adapter = TypeAdapter(Estimator)
+    try:
+        return adapter.validate_python({"kind": kind, **given})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "union_tag_invalid":
+            wanted = first["ctx"]["expected_tags"]
+            raise SpecError(f"got {kind!r}, wanted one of {wanted}", "--estimator") from None
+        option = f"--{first['loc'][-1]}"
+        if first["type"] == "extra_forbidden":
+            raise SpecError(f"{kind} takes no such option", option, "leave it out") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"got {first['input']}: {message}", option) from None
+
+
+def _design(arguments: argparse.Namespace) -> None:
+    from attr_batch.table import write_design
+
+    given = {"seed": arguments.seed, "budget": arguments.budget}
+    estimator = _estimator(
+        arguments.estimator, **{name: value for name, value in given.items() if value is not None}
+    )
+    entries = estimator.plan(arguments.players)
+    if arguments.json:
+        _print_json([{**vars(entry), "coalition": str(entry.coalition)} for entry in entries])
+    else:
+        write_design(entries, sys.stdout)
+
+
+def _attribute(arguments: argparse.Namespace) -> None:
+    from attr_batch.results import attribute, attribute_text
+
+    estimator = _estimator(arguments.estimator, confidence=arguments.confidence)
+    found = attribute(arguments.values, estimator, arguments.semivalue, arguments.players)
+    _print_json(found) if arguments.json else print(attribute_text(found))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from attr_batch.doctor import facts
+
+    found = facts()
+    if arguments.json:
+        _print_json(found)
+        return
+    for title, section in found.items():
+        print(title)
+        for name, value in section.items():
+            print(f"  {name:<18}{value}")
+
+
+def _schema(_: argparse.Namespace) -> None:
+    from attr_batch.spec import schema
+
+    _print_json(schema())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""A job made concrete: which models, which coalitions, under which names in the ledger.
+
+`Job` turns a spec and the data's digests into ids (bases, instruments), run keys and the plan. It
+is a pure function of both, needs neither torch nor the pixels once their digests are cached, and is
+computed anew by every command and every shard: nothing is coordinated, nothing can drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from attr_batch import __version__, ops
+from attr_batch.coalition import Coalition, Contributor, Roster
+from attr_batch.counterfactual import Retrain
+from attr_batch.data import Dataset
+from attr_batch.errors import DataError, SpecError
+from attr_batch.estimators import Entry
+from attr_batch.ledger import Ledger
+from attr_batch.properties import Instrument, Property
+from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
+from attr_batch.spec import JobSpec
+
+Subject = Literal["derived", "trained", "pruned", "untrained"]
+GIVE_UP_AFTER = 2  # replicates tried in place of one that diverges each time
+SUBSTITUTE = 1000  # replicate numbers of substitutes: far from every planned one
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What planning needs of the data: who, how many, the digests and the shape; no pixels."""
+
+    roster: Roster
+    label_names: tuple[str, ...]
+    channels: int
+    size: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataCard:
+        """Return the card of a loaded data set."""
+        _, channels, size, _ = dataset.images.shape
+        return cls(dataset.roster, dataset.label_names, channels, size)
+
+    @classmethod
+    def from_json(cls, card: dict[str, Any]) -> DataCard:
+        """Return the card that `asdict` wrote."""
+        roster = Roster(tuple(Contributor(**c) for c in card["roster"]["contributors"]))
+        return cls(roster, tuple(card["label_names"]), card["channels"], card["size"])
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what a model trained on all data depends on."""
+        return {
+            "contributors": [c.digest for c in self.roster.contributors],
+            "labels": list(self.label_names),
+            "shape": [self.channels, self.size, self.size],
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of the plan made concrete: a model to make, its samples to draw and to measure."""
+
+    entry: Entry
+    subject: Subject
+    recipe: Mapping[str, Any] = field(repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        """The run key: digest of the recipe."""
+        return digest(self.recipe)
+
+    @property
+    def title(self) -> str:
+        """Say in a few words what is evaluated."""
+        if self.subject != "derived":
+            return f"the {self.subject} model"
+        repeat = f", replicate {self.entry.replicate}" if self.entry.replicate else ""
+        return f"coalition {self.entry.coalition}{repeat}"
+
+
+def numerics(device: str) -> dict[str, Any]:
+    """Return the numerics class: what may change bits without changing the recipe."""
+    visible = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    device = ("cuda" if visible else "cpu") if device == "auto" else device
+    threads = {"threads": 1} if device == "cpu" else {}
+    return {"device": device, "ops": ops.backend(device), "cohort": 1, **threads}
+
+
+class Job:
+    """A spec, its store, and every name that follows from them."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.ledger = Ledger(spec.store)
+        self.numerics = numerics(spec.resources.device)
+
+    # -- data -------------------------------------------------------------------------------------
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The pixels. DataError lists everything that is wrong with them."""
+        dataset = self.spec.data.load()
+        self._remember(DataCard.of(dataset))
+        return dataset
+
+    @cached_property
+    def card(self) -> DataCard:
+        """Digests and shape: from the store's cache if the files look the same, else by loading."""
+        try:
+            cached = self.ledger.store.read(self._card_name)
+            return DataCard.from_json(json.loads(cached)) if cached else DataCard.of(self.dataset)
+        except (ValueError, KeyError, TypeError):
+            return DataCard.of(self.dataset)
+
+    @cached_property
+    def _card_name(self) -> str:
+        return f"work/data/{digest([__version__, self.spec.data.fingerprint()])}.json"
+
+    def _remember(self, card: DataCard) -> None:
+        self.ledger.store.replace(self._card_name, canonical(asdict(card)))
+
+    def check(self) -> None:
+        """Check what can be known before work: that data, model and properties fit together."""
+        if len(self.card.roster) < 2:
+            raise SpecError("one contributor: there is nothing to share out", "data")
+        self.spec.model.check(self.card.channels, self.card.size)
+        if isinstance(self.spec.counterfactual, Retrain):
+            self.spec.counterfactual.check(self.spec.model)
+        for i, prop in enumerate(self.spec.properties):
+            prop.check(self.card.label_names, where=f"properties.{i}")
+        if self.spec.model.base is not None and self.ledger.thing("bases", self.dense_id) is None:
+            hint = "`attr-batch status` of the job that trained it prints the id"
+            raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
+
+    # -- ids and keys -----------------------------------------------------------------------------
+
+    @cached_property
+    def model_inputs(self) -> dict[str, Any]:
+        """What the model is before training; of a diffusers folder also its weights' digest."""
+        return self.spec.model.inputs()
+
+    @cached_property
+    def dense_inputs(self) -> dict[str, Any]:
+        """What the trained model depends on."""
+        return {
+            "stage": "trained",
+            "recipe_version": RECIPE_VERSION,
+            "data": self.card.recipe(),
+            "model": self.model_inputs,
+            "seed": self.spec.seed,
+            "numerics": self.numerics,
+        }
+
+    @cached_property
+    def pruned_inputs(self) -> dict[str, Any]:
+        """What the pruned model depends on."""
+        return {
+            "stage": "pruned",
+            "recipe_version": RECIPE_VERSION,
+            "dense": self.dense_id,
+            "data": self.card.recipe(),
+            "pruning": self.spec.pruning.recipe(),
+            "seed": self.spec.seed,
+            "numerics": self.numerics,
+        }
+
+    @cached_property
+    def dense_id(self) -> str:
+        """Id of the model trained on all data: pinned, or the digest of its inputs."""
+        return self.spec.model.base or digest(self.dense_inputs)
+
+    @cached_property
+    def pruned_id(self) -> str:
+        """Id of the pruned model."""
+        inputs = dict(self.pruned_inputs)
+        if self.spec.model.base is not None:
+            del inputs["data"]  # a pinned base stays although data have changed
+        return digest(inputs)
+
+    @cached_property
+    def instruments(self) -> dict[str, Instrument]:
+        """What the properties need fitted, by id; several properties may share one."""
+        return {
+            self.instrument_id(prop): instrument
+            for prop in self.spec.properties
+            if (instrument := prop.instrument()) is not None
+        }
+
+    @property
+    def things(self) -> list[tuple[str, str]]:
+        """(family, id) of everything that is made once for all coalitions."""
+        bases = [("bases", self.dense_id), ("bases", self.pruned_id)]
+        return bases + [("properties", thing_id) for thing_id in self.instruments]
+
+    def instrument_id(self, prop: Property) -> str:
+        """Return the id of what `prop` needs fitted; '' if it needs nothing."""
+        instrument = prop.instrument()
+        if instrument is None:
+            return ""
+        inputs = self.instrument_inputs(instrument)
+        return digest(inputs)
+
+    def instrument_inputs(self, instrument: Instrument) -> dict[str, Any]:
+        """Return what a fitted instrument depends on."""
+        return {
+            "recipe_version": RECIPE_VERSION,
+            "data": self.card.recipe(),
+            "instrument": instrument.recipe(),
+            "seed": self.spec.seed,
+            "numerics": self.numerics,
+        }
+
+    def property_digest(self, prop: Property) -> str:
+        """Return the digest that names a property's value files."""
+        return digest(
+            {
+                "recipe_version": RECIPE_VERSION,
+                "property": prop.recipe(),
+                "instrument": self.instrument_id(prop),
+            }
+        )
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of the initial noise: the same for every model of the job."""
+        seed = self.spec.sampling.seed
+        return derive_seed("sampling", self.spec.seed if seed is None else seed)
+
+    def training_seed(self, replicate: int) -> int:
+        """Seed of a coalition's fine-tuning: it depends on the replicate, not on the coalition."""
+        return derive_seed("run", self.spec.seed, replicate)
+
+    def run_recipe(
+        self, coalition: Coalition, replicate: int, subject: Subject = "derived"
+    ) -> dict[str, Any]:
+        """Return everything that decides a model's samples; its digest is the run key."""
+        recipe: dict[str, Any] = {
+            "recipe_version": RECIPE_VERSION,
+            "subject": subject,
+            "sampling": self.spec.sampling.recipe(),
+            "sampling_seed": self.sampling_seed,
+            "shape": self.card.recipe()["shape"],
+            "numerics": self.numerics,
+        }
+        if subject == "trained":
+            return {**recipe, "base": self.dense_id}
+        if subject == "pruned":
+            return {**recipe, "base": self.pruned_id}
+        recipe["seed"] = self.training_seed(replicate)
+        if subject == "untrained":
+            return {**recipe, "model": self.model_inputs}
+        start = self.spec.counterfactual.start
+        if start == "fresh":
+            recipe["model"] = self.model_inputs
+        else:
+            recipe["base"] = self.pruned_id if start == "pruned" else self.dense_id
+        members = [c.digest for c in self.card.roster.members(coalition)]
+        return {**recipe, "counterfactual": self.spec.counterfactual.recipe(), "members": members}
+
+    # -- the plan ---------------------------------------------------------------------------------
+
+    @cached_property
+    def plan(self) -> tuple[Evaluation, ...]:
+        """Every evaluation of the job, in the order in which results are read."""
+        n = len(self.card.roster)
+        entries = self.spec.estimator.plan(n)
+        return (*(self._evaluation(entry) for entry in entries), *self._references(n))
+
+    def _references(self, n: int) -> Iterator[Evaluation]:
+        """Models that show what pruning and v(all) mean; they are the paper's own endpoints."""
+        everyone, nobody = Coalition.grand(n), Coalition.empty(n)
+        yield self._evaluation(
+            Entry("reference", 0, everyone, "trained", None, 0, 0, None), "trained"
+        )
+        yield self._evaluation(
+            Entry("reference", 1, everyone, "pruned", None, 0, 0, None), "pruned"
+        )
+        yield self._evaluation(
+            Entry("reference", 2, nobody, "untrained", None, 0, 0, None), "untrained"
+        )
+
+    def _evaluation(self, entry: Entry, subject: Subject = "derived") -> Evaluation:
+        recipe = self.run_recipe(entry.coalition, entry.replicate, subject)
+        return Evaluation(entry, subject, recipe)
+
+    def settled(self, evaluation: Evaluation) -> Evaluation:
+        """Return the evaluation that stands in for `evaluation` where it diverges each time."""
+        for attempt in range(1, GIVE_UP_AFTER + 1):
+            if not self.ledger.store.exists(self.ledger.diverged_name(evaluation.key)):
+                break
+            evaluation = self.substitute(evaluation, attempt)
+        return evaluation
+
+    def substitute(self, evaluation: Evaluation, attempt: int) -> Evaluation:
+        """Return the same evaluation under another training seed."""
+        replicate = evaluation.entry.replicate % SUBSTITUTE + attempt * SUBSTITUTE
+        return self._evaluation(replace(evaluation.entry, replicate=replicate), evaluation.subject)
+
+    def missing_properties(self, evaluation: Evaluation) -> list[Property]:
+        """Return the properties without a value for this evaluation."""
+        return [
+            prop
+            for prop in self.spec.properties
+            if not self.ledger.has_value(evaluation.key, prop.name, self.property_digest(prop))
+        ]
+
+    def done(self, evaluation: Evaluation) -> bool:
+        """Return whether every property of the evaluation has its value."""
+        return not self.missing_properties(self.settled(evaluation))
+
+    # -- what is written down ---------------------------------------------------------------------
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The resolved spec without names, places, resources: what the numbers depend on."""
+        spec = self.spec
+        return {
+            "recipe_version": RECIPE_VERSION,
+            "seed": spec.seed,
+            "data": {
+                **spec.data.recipe(),
+                "channels": self.card.channels,
+                "size": self.card.size,
+                "labels": list(self.card.label_names),
+                "contributors": {c.id: c.digest for c in self.card.roster.contributors},
+            },
+            "model": {**spec.model.recipe(), **spec.model.inputs()},
+            "pruning": spec.pruning.recipe(),
+            "counterfactual": spec.counterfactual.recipe(),
+            "sampling": spec.sampling.recipe(),
+            "properties": {prop.name: prop.recipe() for prop in spec.properties},
+            "headline": spec.properties[0].name,
+            "endpoints": spec.endpoints,
+            "estimator": spec.estimator.recipe(),
+        }
+
+    @cached_property
+    def spec_digest(self) -> str:
+        """Digest of the resolved spec."""
+        return digest(self.content)
+
+    def write_down(self) -> None:
+        """Publish the resolved spec and the plan, before any work."""
+        fact = {"name": self.spec.name, "content": self.content}
+        self.ledger.publish_fact(self.ledger.spec_name(self.spec_digest), fact)
+        head = {
+            "spec": self.spec_digest,
+            "numerics": self.numerics,
+            "bases": [self.dense_id, self.pruned_id],
+            "properties": sorted(self.instruments),
+        }
+        lines = [
+            head,
+            *({**asdict(e.entry), "subject": e.subject, "key": e.key} for e in self.plan),
+        ]
+        for line in lines[1:]:
+            line["coalition"] = str(Coalition(**line["coalition"]))
+        name = self.ledger.plan_name(self.spec_digest, digest(self.numerics))
+        self.ledger.publish_same(name, b"".join(canonical(line) + b"\n" for line in lines))

@@ -1,0 +1,330 @@
+"""What `plan` and `status` say: how far a job is, what it can reuse, what makes the rest new.
+
+Everything is derived from the files of the ledger at the moment of asking; nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from attr_batch.errors import AttrBatchError
+from attr_batch.job import Evaluation, Job
+
+# Which sections of the resolved spec each kind of thing depends on.
+_MODEL = ("recipe_version", "numerics", "seed", "data", "model")
+DEPENDS = {
+    "the trained model": _MODEL,
+    "the pruned model": (*_MODEL, "pruning"),
+    "fitted instruments": ("recipe_version", "numerics", "seed", "data", "properties"),
+    "the coalitions' models": (*_MODEL, "pruning", "counterfactual", "sampling"),
+    "which coalitions": ("data", "estimator"),
+    "the values": ("properties",),
+}
+
+
+def status(job: Job) -> dict[str, Any]:
+    """Return counts by state, what runs now, what failed, seconds spent and expected."""
+    rows = [(e, state(job, e)) for e in job.plan]
+    counts = dict.fromkeys(("done", "running", "failed", "waiting"), 0)
+    for _, name in rows:
+        counts[name] += 1
+    left = sum(counts[name] for name in ("running", "failed", "waiting"))
+    per_evaluation = seconds_per_evaluation(job)
+    return {
+        "name": job.spec.name,
+        "spec_digest": job.spec_digest,
+        "store": str(job.ledger),
+        "numerics": job.numerics,
+        "bases": {"trained": _thing(job, job.dense_id), "pruned": _thing(job, job.pruned_id)},
+        "evaluations": {"planned": len(rows), **counts},
+        "running": list(_running(job)),
+        "failed": [_failure(job, e) for e, name in rows if name == "failed"],
+        "seconds_spent": sum(seconds_spent(job).values()),
+        "seconds_per_evaluation": per_evaluation,
+        "seconds_expected": None
+        if per_evaluation is None
+        else left * per_evaluation / _workers(job),
+    }
+
+
+def state(job: Job, evaluation: Evaluation) -> str:
+    """Return done, running, failed or waiting."""
+    if job.done(evaluation):
+        return "done"
+    if job.ledger.heartbeat(evaluation.key) is not None:
+        return "running"
+    return "failed" if job.ledger.failure(evaluation.key) else "waiting"
+
+
+def _running(job: Job) -> Iterator[dict[str, Any]]:
+    names = [job.dense_id, job.pruned_id, *job.instruments, *(e.key for e in job.plan)]
+    for name in names:
+        beat = job.ledger.heartbeat(name)
+        if beat is not None:
+            yield {
+                "what": beat.phase,
+                "done": beat.done,
+                "total": beat.total,
+                "host": beat.host,
+                "pid": beat.pid,
+            }
+
+
+def _failure(job: Job, evaluation: Evaluation) -> dict[str, Any]:
+    failure = job.ledger.failure(evaluation.key) or {}
+    return {"what": evaluation.title, "key": evaluation.key, "message": failure.get("message")}
+
+
+def _thing(job: Job, thing_id: str) -> dict[str, Any]:
+    return {"id": thing_id, "made": job.ledger.thing("bases", thing_id) is not None}
+
+
+def _workers(job: Job) -> int:
+    from attr_batch.runner import worker_count
+
+    return worker_count(job)
+
+
+# -- seconds --------------------------------------------------------------------------------------
+
+
+def derivations(job: Job) -> Iterator[dict[str, Any]]:
+    """Yield how the samples of each evaluation that has some came to be."""
+    seen: set[str] = set()
+    for evaluation in map(job.settled, job.plan):
+        if evaluation.key not in seen:
+            seen.add(evaluation.key)
+            fact = job.ledger.fact(job.ledger.derivation_name(evaluation.key))
+            if fact is not None:
+                yield fact
+
+
+def seconds_spent(job: Job) -> dict[str, float]:
+    """Return worker seconds by phase, of all work that the job's results rest on."""
+    spent: dict[str, float] = {"trained model": 0.0, "pruned model": 0.0, "instruments": 0.0}
+    things = [("bases", job.dense_id, "trained model"), ("bases", job.pruned_id, "pruned model")]
+    things += [("properties", thing_id, "instruments") for thing_id in job.instruments]
+    for family, thing_id, phase in things:
+        if job.ledger.thing(family, thing_id) is not None:
+            manifest = job.ledger.fact(f"{family}/{thing_id}/manifest.json") or {}
+            spent[phase] += manifest.get("seconds", 0.0)
+    spent |= {"finetune": 0.0, "sample": 0.0, "measure": 0.0}
+    for fact in derivations(job):
+        for phase, seconds in fact["seconds"].items():
+            spent[phase] += seconds
+    for evaluation in map(job.settled, job.plan):
+        for prop in job.spec.properties:
+            value = job.ledger.value(evaluation.key, prop.name, job.property_digest(prop))
+            spent["measure"] += value["seconds"] if value else 0.0
+    return spent
+
+
+def seconds_per_evaluation(job: Job) -> float | None:
+    """Return the median worker seconds of a coalition's model and samples, None if unknown."""
+    seconds = [
+        sum(fact["seconds"].values())
+        for fact in derivations(job)
+        if fact["recipe"]["subject"] == "derived" and fact["recipe"]["members"]
+    ]
+    return median(seconds) if seconds else None
+
+
+# -- what is new, and why -------------------------------------------------------------------------
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """Return what a run would do, what is reused, and which paths of the spec made the rest new."""
+    done = [e for e in job.plan if job.done(e)]
+    missing = [e for e in job.plan if not job.done(e)]
+    kept = [e for e in missing if _samples_kept(job, e)]
+    things = {
+        "trained model": job.ledger.thing("bases", job.dense_id) is not None,
+        "pruned model": job.ledger.thing("bases", job.pruned_id) is not None,
+        **{
+            type(instrument).__name__: job.ledger.thing("properties", thing_id) is not None
+            for thing_id, instrument in job.instruments.items()
+        },
+    }
+    per_evaluation = seconds_per_evaluation(job)
+    new = len(missing) - len(kept)
+    return {
+        "name": job.spec.name,
+        "spec_digest": job.spec_digest,
+        "coalitions": [
+            {
+                "sequence": e.entry.sequence,
+                "index": e.entry.index,
+                "coalition": str(e.entry.coalition),
+                "role": e.entry.role,
+                "replicate": e.entry.replicate,
+                "done": job.done(e),
+                "key": e.key,
+            }
+            for e in job.plan
+        ],
+        "evaluations": {
+            "planned": len(job.plan),
+            "reused": len(done),
+            "only measured": len(kept),
+            "new": new,
+        },
+        "things": things,
+        "new_because": reasons(job) if missing or not all(things.values()) else None,
+        "seconds_per_evaluation": per_evaluation,
+        "seconds_expected": None
+        if per_evaluation is None
+        else new * per_evaluation / _workers(job),
+        "bytes_expected": new * _bytes_per_evaluation(job),
+        "half_width": _predicted_half_width(job),
+    }
+
+
+def _samples_kept(job: Job, evaluation: Evaluation) -> bool:
+    return job.ledger.store.exists(job.ledger.samples_name(job.settled(evaluation).key))
+
+
+def _bytes_per_evaluation(job: Job) -> int:
+    """Return about how many bytes an evaluation adds to the store."""
+    card, sampling = job.card, job.spec.sampling
+    pixels = card.channels * card.size**2
+    samples = sampling.images * pixels if sampling.keep == "all" else 0
+    grid = 0 if sampling.keep == "none" else 64 * pixels
+    return samples + grid + 4096 * (1 + len(job.spec.properties))
+
+
+def _predicted_half_width(job: Job) -> dict[str, Any] | None:
+    """Predict the headline's mean half-width at the planned budget from what is done so far."""
+    from attr_batch.results import attributions
+
+    try:
+        found = attributions(job, provisional=True)[0]
+    except AttrBatchError:
+        return None
+    widths = [c["high"] - c["low"] for c in found["contributors"] if c["low"] is not None]
+    used, planned = found["coalitions"]["used"], found["coalitions"]["planned"]
+    if not widths or not used:
+        return None
+    now = sum(widths) / len(widths) / 2
+    return {"property": found["property"], "now": now, "at_budget": now * (used / planned) ** 0.5}
+
+
+def reasons(job: Job) -> dict[str, Any]:
+    """Compare with the nearest earlier spec in the store: which paths differ, what that makes."""
+    mine = flat({**job.content, "numerics": job.numerics})
+    best: tuple[int, str, list[dict[str, Any]]] | None = None
+    for spec_digest, numerics in _earlier(job):
+        fact = job.ledger.fact(job.ledger.spec_name(spec_digest))
+        if fact is None or (spec_digest == job.spec_digest and numerics == job.numerics):
+            continue
+        differences = _differences(flat({**fact["content"], "numerics": numerics}), mine)
+        if best is None or len(differences) < best[0]:
+            best = (len(differences), f"{fact['name']} ({spec_digest[:12]})", differences)
+    if best is None:
+        return {"against": None, "differences": []}
+    return {"against": best[1], "differences": best[2]}
+
+
+def _earlier(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    for lines in job.ledger.plans().values():
+        if lines and job.ledger.store.exists(job.ledger.spec_name(lines[0]["spec"])):
+            yield lines[0]["spec"], lines[0]["numerics"]
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": path,
+            "was": theirs.get(path),
+            "is": mine.get(path),
+            "makes_new": [what for what, on in DEPENDS.items() if path.split(".")[0] in on],
+        }
+        for path in sorted({*theirs, *mine})
+        if theirs.get(path) != mine.get(path)
+    ]
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """Return {dotted path: leaf} of nested dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    leaves: dict[str, Any] = {}
+    for key, value in items:
+        at = f"{path}.{key}" if path else str(key)
+        leaves |= flat(value, at) if isinstance(value, dict | list) and value else {at: value}
+    return leaves
+
+
+# -- as text --------------------------------------------------------------------------------------
+
+
+def reasons_text(found: dict[str, Any]) -> list[str]:
+    """Say what makes work new, a line for each differing path."""
+    if found["against"] is None:
+        return ["new because the store holds no earlier job"]
+    if not found["differences"]:
+        return [f"the same as {found['against']}: nothing but unfinished work is new"]
+    lines = [f"new against {found['against']} because of"]
+    for d in found["differences"]:
+        effect = ", ".join(d["makes_new"]) or "how results are read; nothing is evaluated anew"
+        lines.append(f"  {d['path']}: {_brief(d['was'])} -> {_brief(d['is'])}  ({effect})")
+    return lines
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def plan_text(facts: dict[str, Any]) -> str:
+    """Lay out what `plan` found."""
+    e = facts["evaluations"]
+    lines = [
+        f"{facts['name']}  spec {facts['spec_digest'][:12]}",
+        f"evaluations  {e['planned']} planned: {e['reused']} reused, {e['only measured']} only "
+        f"measured from kept samples, {e['new']} new",
+        "shared       "
+        + ", ".join(
+            f"{name} {'reused' if made else 'new'}" for name, made in facts["things"].items()
+        ),
+    ]
+    if facts["new_because"] is not None:
+        lines += reasons_text(facts["new_because"])
+    seconds, width = facts["seconds_expected"], facts["half_width"]
+    lines.append(
+        "time         "
+        + ("unknown before the first evaluation" if seconds is None else f"about {seconds:.0f} s")
+        + f", disk about {facts['bytes_expected'] / 1e6:.1f} MB"
+    )
+    if width is not None:
+        lines.append(
+            f"interval     {width['property']}: mean half-width {width['now']:.3g} now, about "
+            f"{width['at_budget']:.3g} when complete"
+        )
+    else:
+        lines.append("interval     unknown before some evaluations are done")
+    return "\n".join(lines)
+
+
+def status_text(facts: dict[str, Any]) -> str:
+    """Lay out what `status` found."""
+    e = facts["evaluations"]
+    lines = [f"{facts['name']}  spec {facts['spec_digest'][:12]}  store {facts['store']}"]
+    for name, base in facts["bases"].items():
+        lines.append(
+            f"{name + ' model':<14}{'made' if base['made'] else 'not made yet'}  {base['id']}"
+        )
+    lines.append(
+        f"{'evaluations':<14}{e['done']} of {e['planned']} done, {e['running']} running, "
+        f"{e['failed']} failed, {e['waiting']} waiting"
+    )
+    for item in facts["running"]:
+        steps = f" {item['done']}/{item['total']}" if item["total"] else ""
+        lines.append(f"  running  {item['what']}{steps}  (process {item['pid']} on {item['host']})")
+    lines += [f"  failed   {item['what']}: {item['message']}" for item in facts["failed"]]
+    expected = facts["seconds_expected"]
+    lines.append(
+        f"{'seconds':<14}{facts['seconds_spent']:.0f} spent by workers, "
+        + ("rest unknown yet" if expected is None else f"about {expected:.0f} to go")
+    )
+    return "\n".join(lines)

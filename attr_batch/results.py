@@ -1,0 +1,511 @@
+"""From measured values to attribution, report and mirror: everything here is read from the ledger.
+
+Nothing in this module measures or decides anything; `attribution.json` is a pure function of the
+value files, in plan order, and what depends on when and where they were made goes to `cost.json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attr_batch import __version__, outlook, report
+from attr_batch.errors import IncompleteDesign, LedgerConflict
+from attr_batch.estimators import Attribution, Observation
+from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
+from attr_batch.job import Evaluation, Job
+from attr_batch.ledger import REPAIR_HINT
+from attr_batch.log import say, warn
+from attr_batch.properties import Property
+from attr_batch.recipe import RECIPE_VERSION, canonical, digest
+
+SAME = 1e-9  # relative: results made on another processor differ in the last bits
+SHOWN_COALITIONS = 4
+ENDPOINTS = {"derived": ("empty", "grand"), "paper": ("untrained", "trained")}
+
+
+class Facts:
+    """All that the ledger knows of a job's evaluations, read once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.rows = [(e, job.settled(e)) for e in job.plan]
+
+    @cached_property
+    def values(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Value facts by (run key, property name)."""
+        found = {}
+        for _, run in self.rows:
+            for prop in self.job.spec.properties:
+                fact = self.job.ledger.value(run.key, prop.name, self.job.property_digest(prop))
+                if fact is not None:
+                    found[run.key, prop.name] = fact
+        return found
+
+    @cached_property
+    def derivations(self) -> dict[str, dict[str, Any]]:
+        """How the samples of each run came to be, by run key."""
+        found = {}
+        for _, run in self.rows:
+            fact = self.job.ledger.fact(self.job.ledger.derivation_name(run.key))
+            if fact is not None:
+                found[run.key] = fact
+        return found
+
+    def missing(self) -> list[Evaluation]:
+        """Evaluations of the estimator's plan without all their values."""
+        names = [prop.name for prop in self.job.spec.properties]
+        return [
+            planned
+            for planned, run in self.rows
+            if any((run.key, name) not in self.values for name in names)
+        ]
+
+    def observations(self, prop: Property) -> list[Observation]:
+        """Return what the estimator reads: endpoints as the spec says, design, holdout."""
+        empty, grand = ENDPOINTS[self.job.spec.endpoints]
+        roles = {empty: "empty", grand: "grand", "design": "design", "holdout": "holdout"}
+        found = []
+        for planned, run in self.rows:
+            role = roles.get(planned.entry.role)
+            fact = self.values.get((run.key, prop.name))
+            if role is not None and fact is not None:
+                entry = run.entry
+                value = fact["value"]
+                observation = Observation(entry.coalition, value, role, entry.pair, entry.replicate)
+                found.append(observation)
+        return found
+
+    def reference(self, prop: Property, role: str) -> float | None:
+        """Return the property of the trained, pruned or untrained model."""
+        for planned, run in self.rows:
+            if planned.entry.role == role:
+                fact = self.values.get((run.key, prop.name))
+                return None if fact is None else fact["value"]
+        return None
+
+
+# -- attribution.json -----------------------------------------------------------------------------
+
+
+def attributions(job: Job, provisional: bool = False) -> list[dict[str, Any]]:
+    """Return one attribution a property, the headline first. IncompleteDesign if values lack."""
+    return _attributions(Facts(job), provisional)
+
+
+def _attributions(facts: Facts, provisional: bool) -> list[dict[str, Any]]:
+    job = facts.job
+    missing = facts.missing()
+    allowed = job.spec.estimator.max_failed
+    if len(missing) > allowed and not provisional:
+        hint = "run again: what failed is tried again; or --provisional, or estimator.max_failed"
+        what = f"{len(missing)} of {len(job.plan)} evaluations have no value, {allowed} may lack"
+        raise IncompleteDesign(what, _first_reason(job, missing), hint)
+    with _one_thread():
+        return [_attribution(facts, prop, len(missing)) for prop in job.spec.properties]
+
+
+def _one_thread() -> Any:
+    """Keep BLAS to one thread: the last bits must not depend on the number of cores."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
+
+
+def _first_reason(job: Job, missing: list[Evaluation]) -> str | None:
+    for evaluation in missing:
+        failure = job.ledger.failure(evaluation.key)
+        if failure is not None:
+            return f"{evaluation.title}: {failure['message']}"
+    return None
+
+
+def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
+    job, roster = facts.job, facts.job.card.roster
+    found: Attribution = job.spec.estimator.estimate(facts.observations(prop), len(roster))
+    body = found.to_json(
+        roster.ids,
+        [c.images for c in roster.contributors],
+        [c.digest for c in roster.contributors],
+        planned=len(job.plan),
+        failed=failed,
+    )
+    paper = {
+        "v_full": facts.reference(prop, "trained"),
+        "v_empty": facts.reference(prop, "untrained"),
+    }
+    recipe = {
+        "recipe_version": RECIPE_VERSION,
+        "trained": job.dense_id,
+        "pruned": job.pruned_id,
+        "counterfactual": job.spec.counterfactual.recipe(),
+        "sampling": job.spec.sampling.recipe(),
+        "property": prop.recipe(),
+        "property_digest": job.property_digest(prop),
+        "endpoints": job.spec.endpoints,
+    }
+    return {
+        "property": prop.name,
+        **body,
+        "as_published": {**paper, "pruned": facts.reference(prop, "pruned")},
+        "recipe": recipe,
+        "spec_digest": job.spec_digest,
+        "numerics": job.numerics,
+        "version": __version__,
+    }
+
+
+def publish(
+    job: Job, provisional: bool = False, wall_seconds: float | None = None
+) -> dict[str, Any]:
+    """Write reports/<spec digest>/ and return attribution.json.
+
+    A complete attribution is published once: made again it has the same bytes (on another
+    processor, the same numbers to 1e-9), or else something was altered: LedgerConflict.
+    """
+    facts = Facts(job)
+    provisional = provisional and bool(facts.missing())
+    attribution = {
+        "headline": job.spec.properties[0].name,
+        "attributions": _attributions(facts, provisional),
+    }
+    folder = f"reports/{job.spec_digest}" + ("-provisional" if provisional else "")
+    store = job.ledger.store
+    text = json.dumps(attribution, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    data = text.encode() + b"\n"
+    name = f"{folder}/attribution.json"
+    if provisional:
+        store.replace(name, data)
+    elif not store.publish(name, data):
+        attribution = _agree(job, name, attribution, data)
+    cost = _cost(facts, wall_seconds)
+    proof = evidence(facts, attribution, provisional)
+    store.replace(f"{folder}/cost.json", canonical(cost))
+    store.replace(f"{folder}/evidence.json", canonical(proof))
+    store.replace(f"{folder}/index.html", report.page(attribution, proof, cost).encode())
+    return attribution
+
+
+def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Return the published attribution if ours is the same; a newer version replaces it."""
+    place = str(job.ledger.store.path(name))
+    old = job.ledger.store.read(name) or b""
+    if old == data:
+        return attribution
+    try:
+        published = json.loads(old)
+        version = published["attributions"][0]["version"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise LedgerConflict("torn or foreign file", place, REPAIR_HINT) from None
+    if version != __version__:
+        warn(f"{place} was made by version {version}: replaced")
+        job.ledger.store.replace(name, data)
+        return attribution
+    if _close(published, attribution):
+        return published
+    raise LedgerConflict("differs from what the value files say now", place, REPAIR_HINT)
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Return whether two JSON values are the same, numbers to SAME relative to their list."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_close, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=SAME, abs_tol=SAME)
+    return a == b
+
+
+# -- evidence and cost ----------------------------------------------------------------------------
+
+
+def evidence(facts: Facts, attribution: dict[str, Any], provisional: bool) -> Evidence:
+    """Return what a reader needs to judge the values."""
+    job = facts.job
+    spec = job.spec
+    steps = getattr(spec.counterfactual, "steps", None)
+    return {
+        "job": spec.name,
+        "provisional": provisional,
+        "counterfactual": spec.counterfactual.kind + (f", {steps} steps" if steps else ""),
+        "base": job.dense_id,
+        "properties": {
+            prop.name: _property_evidence(facts, prop, found)
+            for prop, found in zip(spec.properties, attribution["attributions"], strict=True)
+        },
+        "grids": list(_grids(facts)),
+        "pruning": _pruning(job),
+        "instruments": list(_instruments(job)),
+        "failures": _failures(facts),
+        "warnings": list(_warnings(facts)),
+        "provenance": _provenance(facts),
+    }
+
+
+def _property_evidence(facts: Facts, prop: Property, found: dict[str, Any]) -> PropertyEvidence:
+    return {
+        "title": prop.title,
+        "higher_means": prop.higher_means,
+        "utilities": list(_utilities(facts, prop, found)),
+        "paper": {
+            "v_full": found["as_published"]["v_full"],
+            "v_empty": found["as_published"]["v_empty"],
+        },
+    }
+
+
+def _utilities(facts: Facts, prop: Property, found: dict[str, Any]) -> Iterator[Utility]:
+    roster = facts.job.card.roster
+    worth = [c["value"] for c in found["contributors"]]
+    for planned, run in facts.rows:
+        fact = facts.values.get((run.key, prop.name))
+        entry = run.entry
+        if planned.subject != "derived" or fact is None:
+            continue
+        role = "endpoint" if entry.sequence == "endpoint" else entry.role
+        predicted = found["v_empty"] + sum(worth[i] for i in entry.coalition.members)
+        yield {
+            "coalition": str(entry.coalition),
+            "members": [c.id for c in roster.members(entry.coalition)],
+            "size": entry.coalition.size,
+            "role": role,
+            "pair": entry.pair,
+            "replicate": entry.replicate,
+            "value": fact["value"],
+            "stderr": fact["stderr"],
+            "predicted": predicted if role == "holdout" else None,
+        }
+
+
+def _grids(facts: Facts) -> Iterator[Grid]:
+    """Yield sheets of samples: references, the empty coalition, a few from small to large."""
+    shown = [row for row in facts.rows if row[0].subject != "derived"]
+    shown += [
+        r for r in facts.rows if r[0].entry.sequence == "endpoint" and not r[0].entry.replicate
+    ]
+    design = [row for row in facts.rows if row[0].entry.role == "design"]
+    design.sort(key=lambda row: row[0].entry.coalition.size)
+    picks = min(SHOWN_COALITIONS, len(design))
+    shown += [design[(2 * k + 1) * len(design) // (2 * picks)] for k in range(picks)]
+    roster = facts.job.card.roster
+    for planned, run in shown:
+        data = facts.job.ledger.store.read(facts.job.ledger.grid_name(run.key))
+        if data is not None:
+            derived = planned.subject == "derived"
+            members = [c.id for c in roster.members(run.entry.coalition)]
+            yield {
+                "caption": _caption(planned),
+                "members": members if derived else None,
+                "png_base64": base64.b64encode(data).decode(),
+            }
+
+
+def _caption(evaluation: Evaluation) -> str:
+    match evaluation.entry.role:
+        case "trained":
+            return "Trained on all data, unpruned"
+        case "pruned":
+            return "Pruned and recovered, before any coalition"
+        case "untrained":
+            return "Untrained network"
+        case "empty":
+            return "Empty coalition"
+        case "grand":
+            return "All contributors, same procedure as the coalitions"
+        case _:
+            return f"Coalition of {evaluation.entry.coalition.size}"
+
+
+def _pruning(job: Job) -> Any:
+    folder = job.ledger.thing("bases", job.pruned_id)
+    if folder is None or job.spec.counterfactual.start != "pruned":
+        return None
+    card = json.loads((folder / "card.json").read_text())
+    return {
+        "ratio": getattr(job.spec.pruning, "ratio", 0.0),
+        "macs_before": card["macs"][0],
+        "macs_after": card["macs"][1],
+        "parameters_before": card["parameters"][0],
+        "parameters_after": card["parameters"][1],
+    }
+
+
+def _instruments(job: Job) -> Iterator[Instrument]:
+    for thing_id, instrument in job.instruments.items():
+        folder = job.ledger.thing("properties", thing_id)
+        if folder is not None:
+            card = json.loads((folder / "card.json").read_text())
+            yield {"kind": type(instrument).__name__, "card": card}
+
+
+def _failures(facts: Facts) -> list[Failure]:
+    return [
+        {
+            "coalition": str(e.entry.coalition),
+            "members": [c.id for c in facts.job.card.roster.members(e.entry.coalition)],
+            "replicate": e.entry.replicate,
+            "what": (facts.job.ledger.failure(e.key) or {}).get("message", "no value yet"),
+        }
+        for e in facts.missing()
+    ]
+
+
+def _warnings(facts: Facts) -> Iterator[str]:
+    for field, what in (("processor", "processors"), ("torch", "versions of torch")):
+        found = sorted({str(d["provenance"][field]) for d in facts.derivations.values()})
+        if len(found) > 1:
+            yield f"The values were made on several {what}: {', '.join(found)}."
+    replaced = [planned.title for planned, run in facts.rows if planned.key != run.key]
+    if replaced:
+        yield f"Diverged and was done with another training seed: {', '.join(replaced)}."
+
+
+def _provenance(facts: Facts) -> dict[str, str]:
+    job = facts.job
+    made = next(iter(facts.derivations.values()), {}).get("provenance", {})
+    return {
+        "spec digest": job.spec_digest,
+        "recipe version": str(RECIPE_VERSION),
+        "numerics class": ", ".join(f"{key} {value}" for key, value in job.numerics.items()),
+        "trained model": job.dense_id,
+        "pruned model": job.pruned_id,
+        "attr-batch": __version__,
+        "torch": str(made.get("torch", "")),
+        "processor": str(made.get("processor", "")),
+        "data": digest(job.card.recipe()),
+    }
+
+
+def _cost(facts: Facts, wall_seconds: float | None) -> Cost:
+    spent = outlook.seconds_spent(facts.job)
+    return {
+        "seconds": {phase: round(seconds, 3) for phase, seconds in spent.items()},
+        "evaluated": len(facts.derivations),
+        "reused": len(facts.rows) - len(facts.missing()) - len(facts.derivations),
+        "median_seconds_per_coalition": outlook.seconds_per_evaluation(facts.job),
+        "wall_seconds": wall_seconds,
+        "machines": sorted({d["provenance"]["processor"] for d in facts.derivations.values()}),
+    }
+
+
+def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
+    """Return what the terminal shows at the end: the table, the seconds, where to look."""
+    suffix = "-provisional" if provisional and Facts(job).missing() else ""
+    folder = job.ledger.store.path(f"reports/{job.spec_digest}{suffix}")
+    cost = json.loads((folder / "cost.json").read_text())
+    phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in cost["seconds"].items())
+    lines = [
+        report.table(attribution),
+        f"worker seconds  {phases}",
+        f"report          {folder / 'index.html'}",
+    ]
+    if job.spec.tracking.enabled:
+        lines.append(f"MLflow          mlflow ui --backend-store-uri {_tracking_uri(job)}")
+    return "\n".join(lines)
+
+
+# -- values computed elsewhere --------------------------------------------------------------------
+
+
+def attribute(
+    path: str | Path, estimator: Any, semivalue: str, players: int | None
+) -> dict[str, Any]:
+    """Return the attribution of utilities in a CSV file."""
+    from attr_batch.errors import SpecError
+    from attr_batch.table import read_values
+
+    if semivalue != "shapley":
+        raise SpecError(f"got {semivalue!r}, wanted shapley", "--semivalue")
+    observations, n = read_values(path, players)
+    with _one_thread():
+        found = estimator.estimate(observations, n)
+    body = found.to_json([str(i) for i in range(n)], [None] * n, [None] * n)
+    return {"property": Path(path).stem, **body, "version": __version__}
+
+
+# -- the MLflow mirror ----------------------------------------------------------------------------
+
+
+MIRROR_SECONDS = 15.0  # between two looks at the ledger while work goes on
+
+
+class Mirror:
+    """Keeps MLflow up with the ledger; whatever goes wrong there never stops the work."""
+
+    def __init__(self, job: Job) -> None:
+        from attr_batch import tracking
+
+        self.job = job
+        work = job.ledger.work("mlflow").parent
+        self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))
+        self._last = -math.inf
+
+    def follow(self) -> None:
+        """Bring the mirror up to date, if it was some time ago."""
+        if self._mirror is not None and time.monotonic() - self._last > MIRROR_SECONDS:
+            self._mirror.sync(snapshot(self.job))
+            self._last = time.monotonic()
+
+    def end(self, status: Any, attribution: dict[str, Any] | None = None) -> None:
+        """Bring the mirror up to date and give the parent run its final status."""
+        if self._mirror is not None and self._mirror.sync(snapshot(self.job, attribution)):
+            self._mirror.end(status)
+
+
+def sync(job: Job) -> None:
+    """Make or complete the mirror from the ledger alone."""
+    facts = Facts(job)
+    published = job.ledger.store.read(f"reports/{job.spec_digest}/attribution.json")
+    attribution = None if published is None else json.loads(published)
+    mirror = Mirror(job)
+    if not job.spec.tracking.enabled:
+        say("tracking.enabled is false: nothing to do")
+    mirror.end("FINISHED" if attribution and not facts.missing() else "KILLED", attribution)
+
+
+def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
+    """Return what is to be seen of the job in MLflow now."""
+    from attr_batch.tracking import Child, Snapshot
+
+    facts = Facts(job)
+    children = {}
+    for planned, run in facts.rows:
+        metrics = {
+            prop.name: (fact["value"], fact["stderr"])
+            for prop in job.spec.properties
+            if (fact := facts.values.get((run.key, prop.name))) is not None
+        }
+        if len(metrics) == len(job.spec.properties):
+            derivation = facts.derivations.get(run.key)
+            children[run.key] = Child(
+                key=run.key,
+                coalition=str(run.entry.coalition),
+                role=planned.entry.role,
+                pair=run.entry.pair,
+                replicate=run.entry.replicate,
+                metrics=metrics,
+                seconds=None if derivation is None else sum(derivation["seconds"].values()),
+            )
+    return Snapshot(
+        spec={"name": job.spec.name, **job.content},
+        spec_digest=job.spec_digest,
+        version=__version__,
+        roster=job.card.roster.ids,
+        digests={job.spec.data.kind: digest(job.card.recipe())},
+        children=list(children.values()),
+        progress={"done": len(children), "planned": len(job.plan)},
+        attribution=attribution,
+        evidence=None if attribution is None else evidence(facts, attribution, provisional=False),
+        cost=None if attribution is None else _cost(facts, None),
+    )
+
+
+def _tracking_uri(job: Job) -> str:
+    return job.spec.tracking.uri or f"sqlite:///{(job.ledger.store.root / 'mlflow.db').absolute()}"

@@ -1,0 +1,595 @@
+"""The batch runner: do whatever is missing, with any number of shards and worker processes.
+
+`run_one` is the paper's algorithm for one coalition. Around it stands only bookkeeping: a worker
+process makes what all coalitions share (trained model, pruned model, fitted instruments), then goes
+through its own evaluations of the plan and, when these are done, takes missing ones from the far
+end. Workers and shards talk through the ledger alone; a worker is a shard of a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import platform
+import secrets
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attr_batch import __version__, outlook, results
+from attr_batch.errors import AttrBatchError, Interrupted, NumericsError
+from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job
+from attr_batch.log import Progress, Upkeep, say
+from attr_batch.properties import Property
+from attr_batch.recipe import derive_seed, digest
+from attr_batch.report import grid_png
+from attr_batch.spec import JobSpec
+
+POLL_SECONDS = 0.25
+GRID_IMAGES = 64
+
+
+def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
+    """Evaluate one coalition: its model, its samples, its properties (Algorithm of Section 3).
+
+    Every step is a function of the recipe alone, so it may be interrupted, repeated or done twice.
+    """
+    missing = lab.job.missing_properties(evaluation)
+    if not missing:
+        return
+    samples = lab.kept_samples(evaluation)
+    if samples is None:
+        started = time.perf_counter()
+        model = lab.model(evaluation, upkeep)  # the counterfactual: k steps on the coalition's data
+        trained = time.perf_counter()
+        samples = lab.draw(model, upkeep)  # from the same initial noise for every coalition
+        drawn = time.perf_counter()
+        seconds = {"finetune": trained - started, "sample": drawn - trained}
+        lab.keep(evaluation, samples, seconds)
+    for prop in missing:
+        started = time.perf_counter()
+        measured = prop.measure(samples, lab.instrument(prop))  # the utility v(S) and its noise
+        lab.publish(evaluation, prop, measured, time.perf_counter() - started)
+
+
+class Laboratory:
+    """What one worker process holds open: data, base models, instruments, and where results go."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.spec, self.ledger = job, job.spec, job.ledger
+        self.device = job.numerics["device"]
+        self._instruments: dict[str, Any] = {}
+
+    # -- made once --------------------------------------------------------------------------------
+
+    def things(self) -> list[Thing]:
+        """Return what all coalitions share, in the order in which it can be made."""
+        job = self.job
+        dense = Thing("bases", job.dense_id, "trained model", job.dense_inputs, self._make_dense)
+        pruned = Thing(
+            "bases", job.pruned_id, "pruned model", job.pruned_inputs, self._make_pruned, dense
+        )
+        fitted = [
+            Thing(
+                "properties",
+                thing_id,
+                type(instrument).__name__,
+                job.instrument_inputs(instrument),
+                lambda folder, upkeep, it=instrument: it.fit(
+                    job.dataset,
+                    folder,
+                    seed=derive_seed("instrument", self.spec.seed),
+                    upkeep=upkeep,
+                ),
+            )
+            for thing_id, instrument in job.instruments.items()
+        ]
+        return [dense, pruned, *fitted]
+
+    def _make_dense(self, folder: Path, upkeep: Upkeep) -> None:
+        from attr_batch.counterfactual import prepare_dense
+
+        prepare_dense(
+            self.spec.model,
+            self.job.dataset.images,
+            folder,
+            seed=derive_seed("trained", self.spec.seed),
+            upkeep=upkeep,
+            device=self.device,
+        )
+
+    def _make_pruned(self, folder: Path, upkeep: Upkeep) -> None:
+        from attr_batch.counterfactual import prepare_pruned
+
+        prepare_pruned(
+            self.spec.model,
+            self.spec.pruning,
+            self.job.dataset.images,
+            self.ledger.verified_thing("bases", self.job.dense_id)[0],
+            folder,
+            seed=derive_seed("pruned", self.spec.seed),
+            upkeep=upkeep,
+            device=self.device,
+        )
+
+    @cached_property
+    def base(self) -> Any:
+        """The trained and the pruned model, checked against their digests."""
+        from attr_batch.counterfactual import load_base
+
+        dense, self.dense_sha256 = self.ledger.verified_thing("bases", self.job.dense_id)
+        pruned, self.pruned_sha256 = self.ledger.verified_thing("bases", self.job.pruned_id)
+        card = self.job.card
+        return load_base(self.spec.model, dense, pruned, card.channels, card.size, self.device)
+
+    def instrument(self, prop: Property) -> Any:
+        """Return what `prop` measures with, or None."""
+        thing_id = self.job.instrument_id(prop)
+        if thing_id and thing_id not in self._instruments:
+            folder, sha256 = self.ledger.verified_thing("properties", thing_id)
+            loaded = self.job.instruments[thing_id].load(folder)
+            self._instruments[thing_id] = (loaded, sha256)
+        return self._instruments[thing_id][0] if thing_id else None
+
+    # -- for one evaluation -----------------------------------------------------------------------
+
+    def model(self, evaluation: Evaluation, upkeep: Upkeep) -> Any:
+        """Return the evaluation's model, ready to sample from."""
+        if evaluation.subject != "derived":
+            return self.base.reference(evaluation.subject, evaluation.recipe.get("seed"))
+        checkpoint = self.ledger.work(f"runs/{evaluation.key}.safetensors")
+        members = self.job.dataset.subset(evaluation.entry.coalition)
+        return self.spec.counterfactual.derive(
+            self.base,
+            members.images,
+            seed=evaluation.recipe["seed"],
+            checkpoint=checkpoint,
+            upkeep=upkeep,
+            device=self.device,
+        )
+
+    def draw(self, model: Any, upkeep: Upkeep) -> np.ndarray:
+        """Return the model's samples, uint8 (images, channels, size, size)."""
+        card = self.job.card
+        return self.spec.sampling.draw(
+            model,
+            self.base.schedule,
+            (card.channels, card.size, card.size),
+            self.job.sampling_seed,
+            device=self.device,
+            upkeep=upkeep,
+        )
+
+    def kept_samples(self, evaluation: Evaluation) -> np.ndarray | None:
+        """Return the samples an earlier run kept, so that a new property trains nothing."""
+        derivation = self.ledger.fact(self.ledger.derivation_name(evaluation.key))
+        if derivation is None or "samples.safetensors" not in derivation["files"]:
+            return None
+        from safetensors.numpy import load
+
+        wanted = derivation["files"]["samples.safetensors"]
+        data = self.ledger.verified(self.ledger.samples_name(evaluation.key), wanted)
+        return load(data)["samples"]
+
+    def keep(self, evaluation: Evaluation, samples: np.ndarray, seconds: dict[str, float]) -> None:
+        """Publish what `sampling.keep` says, and how the samples came to be."""
+        ledger, key, keep = self.ledger, evaluation.key, self.spec.sampling.keep
+        files: dict[str, str] = {}
+        if keep in ("grid", "all"):
+            grid = grid_png(samples[:GRID_IMAGES])
+            files["grid.png"] = ledger.publish_file(ledger.grid_name(key), grid)
+        if keep == "all":
+            from safetensors.numpy import save
+
+            data = save({"samples": np.ascontiguousarray(samples)})
+            files["samples.safetensors"] = ledger.publish_file(ledger.samples_name(key), data)
+        fact = {
+            "key": key,
+            "recipe": dict(evaluation.recipe),
+            "files": files,
+            "samples_sha256": digest(samples.tobytes()),
+            "seconds": seconds,
+            "provenance": self._provenance,
+        }
+        ledger.publish_fact(ledger.derivation_name(key), fact)
+        ledger.work(f"runs/{key}.safetensors").unlink(missing_ok=True)  # its checkpoint
+
+    def publish(
+        self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
+    ) -> None:
+        """Publish one utility: it exists when it is done."""
+        if not np.isfinite(measured.value):
+            raise NumericsError(f"{prop.name} is {measured.value}", evaluation.title)
+        ledger, entry = self.ledger, evaluation.entry
+        prop_digest = self.job.property_digest(prop)
+        fact = {
+            "key": evaluation.key,
+            "property": prop.name,
+            "property_digest": prop_digest,
+            "value": float(measured.value),
+            "stderr": float(measured.stderr),
+            "entry": {"coalition": str(entry.coalition), "role": entry.role, "index": entry.index},
+            "seconds": seconds,
+            "provenance": self._provenance,
+        }
+        ledger.publish_fact(ledger.value_name(evaluation.key, prop.name, prop_digest), fact)
+
+    @cached_property
+    def _provenance(self) -> dict[str, Any]:
+        import torch
+
+        _ = self.base
+        name = torch.cuda.get_device_name() if self.device == "cuda" else _cpu_model()
+        return {
+            "attr_batch": __version__,
+            "torch": torch.__version__,
+            "processor": name,
+            "capability": torch.backends.cpu.get_cpu_capability() if self.device == "cpu" else "",
+            "trained_sha256": self.dense_sha256,
+            "pruned_sha256": self.pruned_sha256,
+        }
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something all coalitions share: where it is published, what it depends on, how to make it."""
+
+    family: str
+    id: str
+    title: str
+    inputs: Any
+    make: Callable[[Path, Upkeep], None]
+    after: Thing | None = None
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+# -- a worker process -----------------------------------------------------------------------------
+
+
+class Worker:
+    """One process's way through the job. `shard` of `shards` counts worker processes."""
+
+    def __init__(self, lab: Laboratory, shard: int, shards: int, session: str) -> None:
+        self.lab, self.job, self.ledger = lab, lab.job, lab.ledger
+        self.shard, self.shards, self.session = shard, shards, session
+        self.stopped = False
+
+    def work(self, prepares: bool) -> None:
+        """Make what is missing of what all share (or wait for it), then evaluate."""
+        self._prepare(prepares)
+        while (evaluation := self._next()) is not None:
+            with self._claimed(evaluation.key, evaluation.title):
+                self._evaluate(evaluation)
+
+    def _prepare(self, prepares: bool) -> None:
+        things = self.lab.things()
+        order = things if self.shard == 0 else things[::-1]
+        deadline = time.monotonic() + self.job.spec.resources.base_wait
+        while missing := [t for t in order if self.ledger.thing(t.family, t.id) is None]:
+            ready = [t for t in missing if t.after not in missing] if prepares else []
+            thing = next((t for t in ready if self.ledger.claim(t.id, t.title)), None)
+            if thing is not None:
+                self._make(thing)
+                continue
+            self._breathe()
+            if not prepares and time.monotonic() > deadline:
+                raise Interrupted(
+                    f"waited {self.job.spec.resources.base_wait:.0f} s for the {missing[0].title}",
+                    "resources.base_wait",
+                    "shard 0 makes it: see its log, then run again",
+                )
+
+    def _make(self, thing: Thing) -> None:
+        folder = self.ledger.work(f"{thing.family}/{thing.id}")
+        folder.mkdir(exist_ok=True)
+        with self._claimed(thing.id, thing.title):
+            started = time.perf_counter()
+            thing.make(folder, self._upkeep(thing.id, thing.title))
+            seconds = time.perf_counter() - started
+            self.ledger.publish_thing(thing.family, thing.id, folder, thing.inputs, seconds)
+
+    def _next(self) -> Evaluation | None:
+        """Claim the next evaluation: own ones in order, then missing ones from the far end."""
+        plan = self.job.plan
+        mine = plan[self.shard :: self.shards]
+        for evaluation in (*mine, *reversed(plan)):
+            if self.stopped:
+                self._breathe()
+            if self.job.done(evaluation) or self._failed(evaluation):
+                continue
+            if self.ledger.claim(evaluation.key, evaluation.title):
+                return evaluation
+        return None
+
+    def _failed(self, evaluation: Evaluation) -> bool:
+        failure = self.ledger.failure(evaluation.key)
+        return failure is not None and failure.get("session") == self.session
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        """Run one coalition; a failure is recorded and the others go on."""
+        try:
+            self._run_with_substitutes(evaluation)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if isinstance(error, AttrBatchError) and not isinstance(error, NumericsError):
+                raise  # data, ledger or store: no coalition will fare better
+            if not isinstance(error, AttrBatchError):
+                traceback.print_exc()
+            self.ledger.record_failure(evaluation.key, error, self.session, evaluation.title)
+            return
+        self.ledger.forgive(evaluation.key)
+
+    def _run_with_substitutes(self, evaluation: Evaluation) -> None:
+        """Repeat once what diverged; what diverges twice is given up for the next replicate."""
+        upkeep = self._upkeep(evaluation.key, evaluation.title)
+        current = self.job.settled(evaluation)
+        while True:
+            try:
+                with contextlib.suppress(NumericsError):
+                    return run_one(current, self.lab, upkeep)
+                return run_one(current, self.lab, upkeep)
+            except NumericsError as error:
+                attempt = current.entry.replicate // SUBSTITUTE
+                if attempt >= GIVE_UP_AFTER:
+                    raise
+                instead = self.job.substitute(current, attempt + 1)
+                fact = {"key": current.key, "reason": str(error), "next": instead.key}
+                self.ledger.publish_fact(self.ledger.diverged_name(current.key), fact)
+                current = instead
+
+    def _upkeep(self, name: str, phase: str) -> Upkeep:
+        def beat(done: int, total: int, _: dict[str, float]) -> None:
+            self.ledger.beat(name, phase, done, total)
+
+        return Upkeep(beat, lambda: self.stopped)
+
+    @contextlib.contextmanager
+    def _claimed(self, name: str, phase: str) -> Iterator[None]:
+        self.ledger.beat(name, phase)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(AttrBatchError):
+                self.ledger.rest(name)
+
+    def _breathe(self) -> None:
+        if self.stopped:
+            raise Interrupted("stopped by a signal", hint="run the same command again to go on")
+        time.sleep(POLL_SECONDS)
+
+
+def _worker_process(
+    spec: JobSpec, shard: int, shards: int, prepares: bool, session: str, errors: Connection
+) -> None:
+    """Be one worker process: set up signals and threads, work, send back what went wrong."""
+    worker = None
+
+    def stop(*_: object) -> None:
+        if worker is not None:
+            worker.stopped = True
+        else:
+            os._exit(Interrupted.exit_code)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sends SIGTERM
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
+    try:
+        import torch
+
+        job = Job(spec)
+        if job.numerics["device"] == "cpu":
+            torch.set_num_threads(1)
+        worker = Worker(Laboratory(job), shard, shards, session)
+        worker.work(prepares)
+    except AttrBatchError as error:
+        errors.send(error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        errors.send(AttrBatchError(f"{type(error).__name__}: {error}", "a worker process"))
+        sys.exit(1)
+
+
+# -- the parent -----------------------------------------------------------------------------------
+
+
+def worker_count(job: Job) -> int:
+    """Return how many worker processes the spec asks for: by default the cores, or 1 on a GPU."""
+    default = 1 if job.numerics["device"] == "cuda" else len(os.sched_getaffinity(0))
+    return job.spec.resources.workers or default
+
+
+class Crew:
+    """The worker processes of one shard, seen from their parent."""
+
+    def __init__(self, job: Job, shard: int, shards: int) -> None:
+        self.job, self.session = job, secrets.token_hex(8)
+        workers = worker_count(job)
+        context = multiprocessing.get_context("spawn")
+        if job.numerics["device"] == "cpu":
+            for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+                os.environ[variable] = "1"
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for worker in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (
+                job.spec,
+                shard * workers + worker,
+                shards * workers,
+                shard == 0,
+                self.session,
+                sender,
+            )
+            process = context.Process(target=_worker_process, args=arguments)
+            process.start()
+            sender.close()
+            self._pipes.append(receiver)
+            self._processes.append(process)
+
+    @property
+    def working(self) -> bool:
+        """Whether a worker is still at work."""
+        return any(process.is_alive() for process in self._processes)
+
+    def stop(self) -> None:
+        """Ask every worker to write a checkpoint and end."""
+        for process in self._processes:
+            if process.is_alive():
+                process.terminate()
+
+    def end(self) -> AttrBatchError | None:
+        """Wait for the workers; return the first error that one of them met."""
+        found: list[AttrBatchError] = []
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            process.join()
+            with contextlib.suppress(EOFError):
+                if pipe.poll():
+                    found.append(pipe.recv())
+                    continue
+            if process.exitcode:
+                code = process.exitcode
+                what = f"a worker was killed by signal {-code}" if code < 0 else f"exit code {code}"
+                found.append(AttrBatchError(what, "a worker process", "out of memory? run again"))
+        found.sort(key=lambda error: isinstance(error, Interrupted))
+        return found[0] if found else None
+
+
+def evaluate(job: Job, shard: int, shards: int, on_poll: Callable[[], None]) -> None:
+    """Do whatever this shard finds missing, showing progress; raise what went wrong.
+
+    `on_poll` is called a few times a second. SIGTERM and Ctrl-C become Interrupted.
+    """
+    stopped: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: stopped.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    crew = Crew(job, shard, shards)
+    progress = _Watch(job)
+    try:
+        while crew.working:
+            time.sleep(POLL_SECONDS)
+            if stopped:
+                crew.stop()
+            progress.show()
+            on_poll()
+        progress.show()
+    finally:
+        crew.stop()
+        error = crew.end()
+        progress.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise Interrupted("stopped by a signal", hint="run the same command again to go on")
+    if error is not None:
+        raise error
+
+
+class _Watch:
+    """Shows, from the ledger alone, how far everything is."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._missing_things = Laboratory(job).things()
+        self._things = len(self._missing_things)
+        self._missing: Sequence[Evaluation] = job.plan
+        self._progress: Progress | None = None
+
+    def show(self) -> None:
+        ledger = self.job.ledger
+        if self._missing_things:
+            self._missing_things = [
+                t for t in self._missing_things if ledger.thing(t.family, t.id) is None
+            ]
+            doing = [beat for t in self._missing_things if (beat := ledger.heartbeat(t.id))]
+            figures = {b.phase: f"{b.done}/{b.total}" for b in doing if b.total}
+            self._update("prepare", "thing", self._things - len(self._missing_things), figures)
+            return
+        self._missing = [e for e in self._missing if not self.job.done(e)]
+        self._update("evaluate", "coalition", len(self.job.plan) - len(self._missing), {})
+
+    def _update(self, label: str, unit: str, done: int, figures: dict[str, Any]) -> None:
+        if self._progress is None or self._progress.label != label:
+            self.close()
+            total = self._things if label == "prepare" else len(self.job.plan)
+            self._progress = Progress(label, total, unit=unit)
+        self._progress.update(done, **figures)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+
+def run(
+    job: Job, shard: int = 0, shards: int = 1, provisional: bool = False
+) -> dict[str, Any] | None:
+    """Do whatever is missing of a job, or of one shard of it; report when the plan is complete.
+
+    Returns attribution.json, or None where other shards have work left.
+
+    Raises:
+        Interrupted: stopped by a signal; checkpoints are written.
+        NumericsError: evaluations failed for good and the spec allows no such gap.
+    """
+    started = time.monotonic()
+    job.write_down()
+    mirror = results.Mirror(job) if shard == 0 else None
+    try:
+        if not complete(job):
+            announce(job)
+            evaluate(job, shard, shards, mirror.follow if mirror else lambda: None)
+        if not complete(job) and not provisional and _others_at_work(job, shards):
+            say(f"shard {shard} of {shards} is done; others have work left")
+            return None
+        attribution = results.publish(job, provisional, wall_seconds=time.monotonic() - started)
+    except AttrBatchError as error:
+        if mirror is not None:
+            mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        raise
+    if mirror is not None:
+        mirror.end("FINISHED", attribution)
+    return attribution
+
+
+def complete(job: Job) -> bool:
+    """Return whether everything shared is made and every evaluation has its values."""
+    made = all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
+    return made and all(job.done(evaluation) for evaluation in job.plan)
+
+
+def _others_at_work(job: Job, shards: int) -> bool:
+    """Return whether some missing evaluation has not failed: another shard has it or will."""
+    return shards > 1 and any(
+        not job.done(e) and job.ledger.failure(e.key) is None for e in job.plan
+    )
+
+
+def announce(job: Job) -> None:
+    """Say what there is to do, and which paths of the spec made it new."""
+    missing = sum(not job.done(e) for e in job.plan)
+    say(f"{job.spec.name}: {missing} of {len(job.plan)} evaluations to do; store {job.ledger}")
+    for line in outlook.reasons_text(outlook.reasons(job)):
+        say(f"  {line}")

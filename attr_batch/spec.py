@@ -1,0 +1,333 @@
+"""The job spec: the tree of the workers themselves, read from YAML with errors a user can act on.
+
+Every part (`data`, `model`, `sampling`, ...) is the frozen class that does the work; this module
+only puts them together, reads YAML strictly, and turns validation errors into messages that name
+the path, what stood there, what was wanted, and a hint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from attr_batch.counterfactual import Counterfactual, SparsifiedFinetune
+from attr_batch.data import Data
+from attr_batch.errors import Problem, SpecError
+from attr_batch.estimators import Estimator
+from attr_batch.models import Model
+from attr_batch.properties import Property
+from attr_batch.pruning import Pruning
+from attr_batch.recipe import LOCATION, Part
+from attr_batch.sampling import Sampling
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+
+class Tracking(Part):
+    """Where MLflow mirrors the job, and what it may know of the contributors."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the store.")
+    experiment: str = Field("attr-batch", min_length=1, max_length=200)
+    contributors: Literal["pseudonyms", "names"] = Field(
+        "pseudonyms", description="pseudonyms: keyed hashes stand for ids in all that is sent."
+    )
+    key_env: str | None = Field(
+        None, description="Environment variable with the key; default: a secret file in the store."
+    )
+
+
+class Resources(Part):
+    """What the job may use. Nothing here changes a number, but for the device (numerics class)."""
+
+    workers: int | None = Field(
+        None, ge=1, le=256, description="Worker processes; default: the cores, or 1 on a GPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    base_wait: float = Field(
+        3600.0, gt=0, description="Seconds another shard waits for the base before it exits 75."
+    )
+
+
+class JobSpec(Part):
+    """One attribution job."""
+
+    name: str = Field(min_length=1, max_length=200, description="Shown in report and MLflow.")
+    store: Annotated[str, LOCATION] = Field(
+        "attr-batch-store", min_length=1, description="Folder of results, relative to the shell's."
+    )
+    seed: int = Field(0, ge=0, lt=1 << 53, description="Seed of training and sampling.")
+    data: Data
+    model: Model
+    pruning: Pruning
+    counterfactual: Counterfactual = Field(default_factory=SparsifiedFinetune)
+    sampling: Sampling = Field(default_factory=Sampling)
+    properties: tuple[Property, ...] = Field(
+        min_length=1, max_length=64, description="Measured on every coalition; the headline first."
+    )
+    endpoints: Literal["derived", "paper"] = Field(
+        "derived",
+        description="v(all) and v(none): under the same counterfactual as the coalitions, or the "
+        "unpruned trained and untrained model as published.",
+    )
+    estimator: Estimator
+    tracking: Tracking = Field(default_factory=Tracking)
+    resources: Resources = Field(default_factory=Resources)
+
+    @field_validator("properties")
+    @classmethod
+    def _distinct_names(cls, properties: tuple[Property, ...]) -> tuple[Property, ...]:
+        names = [prop.name for prop in properties]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two properties are called {', '.join(twice)}; give one a `name`")
+        return properties
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
+    """Read a job spec, apply `--set` overrides, validate.
+
+    Paths in the YAML are taken relative to its folder. SpecError lists all problems at once.
+    """
+    path = Path(path)
+    tree, lines = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise SpecError(
+            f"got {_shown(tree)}, wanted a mapping of keys",
+            str(path),
+            "see examples/digits/job.yaml",
+        )
+    for override in overrides:
+        key, _ = _apply(tree, override)
+        lines = {at: line for at, line in lines.items() if at[: len(key)] != key}
+    return _resolve_locations(validate(tree, str(path), lines), path.parent)
+
+
+def validate(tree: Any, where: str = "spec", lines: dict[tuple, int] | None = None) -> JobSpec:
+    """Return the JobSpec of a tree of plain values. SpecError lists all problems at once."""
+    try:
+        text = json.dumps(tree, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"holds a value that JSON cannot: {error}", where) from None
+    try:
+        return JobSpec.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise SpecError.of(list(_problems(error, tree, where, lines or {}))) from None
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the job spec."""
+    found = JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+# -- YAML -----------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, made stricter: 1e-3 is a number, dates are text, no aliases, no double keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    yaml.resolver.re.compile(
+        r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
+    """Return the plain values of a YAML file and the line of every path in it."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise SpecError("no such file", str(path), "the first argument is the job's YAML") from None
+    except OSError as error:
+        raise SpecError(error.strerror or "cannot be read", str(path)) from None
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{len(data)} bytes, more than {MAX_BYTES}", str(path), "is it the spec?")
+    return _parse(data.decode("utf-8", errors="replace"), str(path))
+
+
+def _parse(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
+    lines: dict[tuple, int] = {}
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise SpecError("is empty", where, "start from examples/digits/job.yaml")
+        _note_lines(node, (), lines, where)
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise SpecError(f"not valid YAML: {error.problem}", place) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"not valid YAML: {error}", where) from None
+    finally:
+        loader.dispose()
+
+
+def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str) -> None:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SpecError("a key must be a plain word", f"{where}:{line}")
+            if key.value in seen:
+                hint = "remove one of the two"
+                raise SpecError(f"key {key.value!r} stands twice", f"{where}:{line}", hint)
+            seen.add(key.value)
+            lines[(*at, key.value)] = line
+            _note_lines(value, (*at, key.value), lines, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _note_lines(value, (*at, i), lines, where)
+
+
+# -- --set ----------------------------------------------------------------------------------------
+
+
+def _apply(tree: dict[str, Any], override: str) -> tuple[tuple, Any]:
+    """Set `path=value` in the tree, the value read as YAML; return the path."""
+    place = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted.strip():
+        raise SpecError("wanted path=value", place, "for example --set estimator.budget=120")
+    value = _parse(text, place)[0] if text.strip() else None
+    keys = [int(key) if key.isdigit() else key for key in dotted.strip().split(".")]
+    node: Any = tree
+    for key in keys[:-1]:
+        node = _step(node, key, place)
+    last = keys[-1]
+    if isinstance(node, dict):
+        node[str(last)] = value
+    elif isinstance(node, list) and isinstance(last, int) and last <= len(node):
+        node[last : last + 1] = [value]
+    else:
+        raise SpecError(f"there is no {dotted!r} to set", place, "lists take an index from 0")
+    return tuple(keys), value
+
+
+def _step(node: Any, key: str | int, place: str) -> Any:
+    if isinstance(node, dict):
+        if node.get(str(key)) is None:
+            node[str(key)] = {}
+        return node[str(key)]
+    if isinstance(node, list) and isinstance(key, int) and key < len(node):
+        return node[key]
+    raise SpecError(f"there is nothing under {key!r}", place, "lists take an index from 0")
+
+
+# -- what went wrong ------------------------------------------------------------------------------
+
+
+def _problems(
+    error: ValidationError, tree: Any, where: str, lines: dict[tuple, int]
+) -> Iterator[Problem]:
+    for item in error.errors(include_url=False):
+        path = _real_path(item["loc"], tree)
+        line = next((lines[path[:k]] for k in range(len(path), 0, -1) if path[:k] in lines), None)
+        dotted = ".".join(map(str, path)) or "the spec"
+        place = f"{where}:{line}: {dotted}" if line else f"{where}: {dotted}"
+        yield _problem(item, path, place)
+
+
+def _problem(item: Any, path: tuple, place: str) -> Problem:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        return Problem("missing", place, f"add `{path[-1]}:`")
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(str(path[-1]), _known_keys(), n=1)
+        hint = f"did you mean `{close[0]}`?" if close else "`attr-batch schema` lists all keys"
+        return Problem("unknown key", place, hint)
+    if kind == "union_tag_not_found":
+        return Problem("missing `kind`", place, "see `attr-batch schema` for the kinds there are")
+    if kind == "union_tag_invalid":
+        wanted = context["expected_tags"]
+        close = difflib.get_close_matches(context["tag"], wanted.replace("'", "").split(", "), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else None
+        return Problem(f"got kind {context['tag']!r}, wanted one of {wanted}", place, hint)
+    message = item["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return Problem(message, place)
+    wanted = message.removeprefix("Input should be ")
+    hint = None
+    if isinstance(item["input"], str) and kind in ("int_type", "float_type", "bool_type"):
+        hint = "write it without quotes"
+    return Problem(f"got {_shown(item['input'])}, wanted {wanted}", place, hint)
+
+
+def _real_path(loc: tuple, tree: Any) -> tuple:
+    """Drop the tags of unions, which pydantic puts into the path, from an error's location."""
+    path: list[str | int] = []
+    node = tree
+    for key in loc:
+        if isinstance(node, dict) and key not in node and node.get("kind") == key:
+            continue
+        path.append(key)
+        node = _child(node, key)
+    return tuple(path)
+
+
+def _child(node: Any, key: Any) -> Any:
+    if isinstance(node, dict):
+        return node.get(key)
+    if isinstance(node, list) and isinstance(key, int) and key < len(node):
+        return node[key]
+    return None
+
+
+def _known_keys() -> list[str]:
+    keys: set[str] = set()
+    for definition in [schema(), *schema().get("$defs", {}).values()]:
+        keys |= set(definition.get("properties", {}))
+    return sorted(keys)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _resolve_locations(spec: JobSpec, folder: Path) -> JobSpec:
+    """Make the `path` of data and model absolute, relative to the folder of the YAML."""
+    changes: dict[str, Any] = {}
+    for name in ("data", "model"):
+        part = getattr(spec, name)
+        given = getattr(part, "path", None)
+        if given is not None:
+            absolute = str((folder / Path(given).expanduser()).absolute())
+            changes[name] = part.model_copy(update={"path": absolute})
+    return spec.model_copy(update=changes) if changes else spec
