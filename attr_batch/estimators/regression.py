@@ -1,0 +1,332 @@
+"""The readings: from utilities to Shapley values, by regression on who took part.
+
+The Shapley value is the projection of v on the additive games with v(∅) and v(N) held, under the
+kernel p(s) ∝ (n-1)/(s(n-s)) (the paper's Eq. 5). Below, t = s/n, the response is
+r = v(S) - v(∅) - t (v(N) - v(∅)) and a row of X is 1_S - t, so that phi = (v(N) - v(∅))/n + theta
+with sum theta = 0: efficiency holds by construction.
+
+*Size columns.* Utility saturates with the amount of data whoever gave it. A game of the size alone
+that is 0 at ∅ and N gives everyone the value 0, so columns g(s) with g(0) = g(n) = 0 leave the
+estimand alone; but without them that curve leaks into the values wherever the sampled A differs
+from its expectation. It is the chief error of the closed form. The columns of `jump` and `inverse`
+absorb a v(∅) that is off the scale (an untrained network).
+
+*Pairs.* (v(S) - v(N∖S))/2 is free of everything even under complement, and of v(∅).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import comb
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh, pinvh
+from scipy.optimize import brentq
+
+from attr_batch.estimators.design import size_probability
+
+Array = NDArray[np.float64]
+
+_COLUMNS: dict[str, Callable[[Array, int], Array]] = {
+    "quadratic": lambda s, n: s / n * (1 - s / n),
+    "cubic": lambda s, n: s / n * (1 - s / n) * (s / n - 0.5),
+    "log": lambda s, n: np.log1p(s) / np.log1p(n) - s / n,
+    "jump": lambda s, n: np.where(s > 0, 1 - s / n, 0.0),
+    "inverse": lambda s, n: np.where(s > 0, 1 / np.maximum(s, 1) - 1 / n, 0.0),
+}
+
+# Bases among which the marginal likelihood chooses: no size effect, a smooth curve of two or three
+# terms, a v(∅) off the scale, all of them.
+BASES: tuple[tuple[str, ...], ...] = (
+    (),
+    ("quadratic", "cubic"),
+    ("quadratic", "cubic", "log"),
+    ("jump", "inverse"),
+    ("quadratic", "cubic", "log", "jump", "inverse"),
+)
+LS_COLUMNS = ("quadratic", "cubic", "jump")
+_ROWS_PER_COLUMN = 8  # a basis is a candidate only with so many rows for each of its columns
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Distinct coalitions with their mean utility: m rows, n contributors.
+
+    `Z` (m, n) memberships, `v` (m,) means, `count` (m,) how many measurements (times weight) each
+    is worth, `replicates` (m,) how many there were, `partner` (m,) the row of the complement or -1.
+    """
+
+    Z: Array
+    v: Array
+    count: Array
+    replicates: NDArray[np.int64]
+    partner: NDArray[np.int64]
+    v_empty: float
+    v_full: float
+
+    @property
+    def n(self) -> int:
+        """Number of contributors."""
+        return self.Z.shape[1]
+
+    @property
+    def s(self) -> Array:
+        """Sizes of the coalitions."""
+        return self.Z.sum(1)
+
+    @property
+    def delta(self) -> float:
+        """v(N) - v(∅)."""
+        return self.v_full - self.v_empty
+
+    @property
+    def pairs(self) -> int:
+        """Number of complete complement pairs."""
+        return int((self.partner >= 0).sum()) // 2
+
+    @property
+    def complete(self) -> bool:
+        """True when every coalition was measured: nothing is left to sampling."""
+        return self.n <= 16 and len(self.v) == (1 << self.n) - 2
+
+
+def size_columns(s: Array, n: int, names: tuple[str, ...]) -> Array:
+    """Return the named columns g(s), (len(s), len(names)); each is 0 at s = 0 and s = n."""
+    columns = [_COLUMNS[name](s, n) for name in names]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(s), 0))
+
+
+def row_weights(rows: Rows) -> Array:
+    """Return each row's weight: its count times Shapley kernel over the sizes' realised share.
+
+    Sizes s and n - s are one class. Where small sizes are exhausted, or somebody else drew the
+    sizes, this restores the kernel under which the projection is the Shapley value.
+    """
+    p = np.array(size_probability(rows.n))
+    size = np.minimum(rows.s, rows.n - rows.s).astype(int)
+    mass = np.bincount(size, rows.count, minlength=rows.n + 1)
+    wanted = np.zeros(rows.n + 1)
+    np.add.at(wanted, np.minimum(np.arange(rows.n + 1), rows.n - np.arange(rows.n + 1)), p)
+    return rows.count * (wanted[size] / mass[size]) * rows.count.sum()
+
+
+# ------------------------------------------------------------------ the paper's closed form
+
+
+def closed_form(rows: Rows) -> Array:
+    """Return beta = A^-1 (d - 1 [1ᵀA^-1 d - v(N) + v(∅)] / (1ᵀA^-1 1)), the paper's Eq. 5.
+
+    A and d are means over the sampled coalitions, A^-1 the pseudo-inverse.
+    """
+    w = rows.count / rows.count.sum()
+    A = rows.Z.T @ (w[:, None] * rows.Z)
+    d = rows.Z.T @ (w * (rows.v - rows.v_empty))
+    A_inv = pinvh(A)
+    one = np.ones(rows.n)
+    return A_inv @ (d - one * ((one @ A_inv @ d - rows.delta) / (one @ A_inv @ one)))
+
+
+# ------------------------------------------------------------------ paired least squares
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Values (n,) and what their interval needs.
+
+    Where the rows do not determine the values, `determined` is False and phi is the smallest
+    deviation from the equal split. `variance` is the HC2 sandwich; `by_empty`, `by_full` are the
+    derivatives of the values by the endpoints; `residual` is the residual variance of one row.
+    """
+
+    phi: Array
+    determined: bool
+    variance: Array | None
+    by_empty: Array
+    by_full: Array
+    df: int
+    residual: float | None
+
+
+def paired_least_squares(rows: Rows) -> LeastSquares:
+    """Fit half the difference of each complete pair, and the single rows as they are."""
+    n, w, t = rows.n, row_weights(rows), rows.s / rows.n
+    first = np.flatnonzero(rows.partner > np.arange(len(rows.v)))
+    second, single = rows.partner[first], np.flatnonzero(rows.partner < 0)
+    half = 4 / (1 / w[first] + 1 / w[second])  # the weight of half a difference
+
+    def stack(paired: Array, alone: Array) -> Array:
+        return np.concatenate([paired, alone])
+
+    def odd(x: Array) -> Array:
+        return stack((x[first] - x[second]) / 2, x[single])
+
+    c_full = odd(t)
+    c_empty = stack(-c_full[: len(first)], 1 - t[single])
+    r = odd(rows.v) - c_empty * rows.v_empty - c_full * rows.v_full
+    root = np.sqrt(stack(half, w[single]))
+    X = odd(rows.Z - t[:, None]) * root[:, None]
+    Q = _orthonormal(odd(size_columns(rows.s, n, LS_COLUMNS)) * root[:, None])
+
+    U, d, Vt = np.linalg.svd(X - Q @ (Q.T @ X), full_matrices=False)
+    keep = d > 1e-9 * max(d.max(initial=0), 1e-300)
+    U, d, Vt = U[:, keep], d[keep], Vt[keep]
+    L = (Vt.T / d) @ U.T  # from a weighted response to theta
+    theta = L @ (root * r)
+    y = root * r - Q @ (Q.T @ (root * r))
+    residual = y - U @ (U.T @ y)
+    leverage = (U * U).sum(1) + (Q * Q).sum(1)
+    df = len(r) - len(d) - Q.shape[1]
+    share = np.full(n, 1 / n)
+    return LeastSquares(
+        phi=rows.delta / n + theta - theta.mean(),
+        determined=len(d) == n - 1,
+        variance=(L * L) @ (residual**2 / np.maximum(1 - leverage, 1e-9)) if df > 0 else None,
+        by_empty=-share - L @ (root * c_empty),
+        by_full=share - L @ (root * c_full),
+        df=df,
+        residual=float(residual @ residual / df) if df > 0 else None,
+    )
+
+
+# ------------------------------------------------------------------ ridge
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Values (n,) shrunk toward the equal split.
+
+    `slope` is the expected slope of estimate on truth, mean of d²/(d² + lambda) over the n - 1
+    directions; `lam` is None where it went to infinity (everyone gets the equal split).
+    """
+
+    phi: Array
+    lam: float | None
+    slope: float
+    columns: tuple[str, ...]
+
+
+def ridge(rows: Rows) -> Ridge:
+    """Fit r = g(s) gamma + X theta + e, theta ~ N(0, sigma²/lambda), e ~ N(0, sigma²/weight).
+
+    lambda maximises the restricted likelihood given a basis of size columns. Restricted
+    likelihoods of different fixed effects do not compare, so the basis of q columns minimises
+    -2 log full likelihood + q log m (to Laplace's order the marginal likelihood under a
+    unit-information prior of gamma).
+    """
+    root = np.sqrt(row_weights(rows))
+    t = rows.s / rows.n
+    X = (rows.Z - t[:, None]) * root[:, None]
+    y = (rows.v - rows.v_empty - t * rows.delta) * root
+    gram_spectrum = np.maximum(eigh(X.T @ X, eigvals_only=True), 0)
+    fits = []
+    for names in BASES:
+        if names and len(y) < _ROWS_PER_COLUMN * len(names):
+            continue
+        Q = _orthonormal(size_columns(rows.s, rows.n, names) * root[:, None])
+        fit = _restricted_fit(X - Q @ (Q.T @ X), y - Q @ (Q.T @ y), len(y) - Q.shape[1])
+        m, q = len(y), Q.shape[1]
+        full = m * np.log(fit.scatter) + np.log1p(gram_spectrum * fit.ratio).sum() + q * np.log(m)
+        fits.append((full, names, fit))
+    _, names, fit = min(fits, key=lambda candidate: candidate[0])
+    return Ridge(
+        phi=rows.delta / rows.n + fit.theta - fit.theta.mean(),
+        lam=1 / fit.ratio if fit.ratio else None,
+        slope=fit.kept / (rows.n - 1),
+        columns=names,
+    )
+
+
+@dataclass(frozen=True)
+class _Restricted:
+    theta: Array
+    ratio: float  # 1/lambda = var(theta)/var(e)
+    kept: float  # sum of the shrinkage factors
+    scatter: float  # quadratic form of the response in the inverse covariance
+
+
+def _restricted_fit(X: Array, y: Array, df: int) -> _Restricted:
+    """Maximise the restricted likelihood over lambda; X and y are free of the fixed effects."""
+    a, V = eigh(X.T @ X)
+    keep = a > 1e-10 * max(a[-1], 1e-300)
+    a, V = a[keep], V[:, keep]
+    c = (V.T @ (X.T @ y)) / np.sqrt(a)
+    rest = y - X @ (V @ (c / np.sqrt(a)))
+    rss = max(float(rest @ rest), 1e-26 * float(y @ y), 1e-300)
+
+    def shrink(x: float) -> tuple[Array, float]:
+        k = 1 / (1 + a * np.exp(x))
+        return k, rss + float(c * c @ k)
+
+    def minus_two_log(x: float) -> float:
+        k, scatter = shrink(x)
+        return df * np.log(scatter) - float(np.log(k).sum())
+
+    def score(x: float) -> float:
+        k, scatter = shrink(x)
+        return float((1 - k).sum()) - df * float((c * c * k) @ (1 - k)) / scatter
+
+    if not len(a):
+        return _Restricted(np.zeros(X.shape[1]), 0.0, 0.0, rss)
+    grid = -np.log(a.mean()) + np.linspace(-12, 30, 127)
+    best = int(np.argmin([minus_two_log(x) for x in grid]))
+    if best == 0:  # the likelihood wants lambda = infinity
+        return _Restricted(np.zeros(X.shape[1]), 0.0, 0.0, rss + float(c @ c))
+    x = grid[best]
+    if best + 1 < len(grid) and score(grid[best - 1]) < 0 < score(grid[best + 1]):
+        x = cast(float, brentq(score, grid[best - 1], grid[best + 1], xtol=1e-13))
+    k, scatter = shrink(x)
+    return _Restricted(
+        V @ ((1 - k) * c / np.sqrt(a)), float(np.exp(x)), float((1 - k).sum()), scatter
+    )
+
+
+# ------------------------------------------------------------------ every coalition measured
+
+
+def exact(rows: Rows) -> tuple[Array, Array]:
+    """Return the values by the definition, and their variance for unit variance of a measurement.
+
+    Needs `rows.complete`. The endpoints' part of the variance is left to the caller.
+    """
+    n, s = rows.n, rows.s.astype(int)
+    gain = np.array([0.0, *(1 / (n * comb(n - 1, k - 1)) for k in range(1, n + 1))])
+    loss = np.array([*(1 / (n * comb(n - 1, k)) for k in range(n)), 0.0])
+    C = np.where(rows.Z > 0, gain[s][:, None], -loss[s][:, None])
+    return rows.delta / n + C.T @ rows.v, (C * C).T @ (1 / rows.replicates)
+
+
+# ------------------------------------------------------------------ what a coalition would give
+
+
+def predict(rows: Rows, phi: Array, Z: Array) -> Array:
+    """Return v(∅) + sum of the members' phi + a curve of the size, for memberships Z (k, n).
+
+    The curve is fitted to what phi leaves of the rows; its basis is chosen as in `ridge`.
+    """
+    root = np.sqrt(row_weights(rows))
+    y = (rows.v - rows.v_empty - rows.Z @ phi) * root
+    m = len(y)
+    best, curve = np.inf, np.zeros(len(Z))
+    for names in BASES:
+        if names and m < _ROWS_PER_COLUMN * len(names):
+            continue
+        G = size_columns(rows.s, rows.n, names) * root[:, None]
+        gamma, *_ = np.linalg.lstsq(G, y, rcond=1e-9)
+        rest = y - G @ gamma
+        criterion = m * np.log(max(float(rest @ rest), 1e-300)) + len(names) * np.log(m)
+        if criterion < best:
+            best, curve = criterion, size_columns(Z.sum(1), rows.n, names) @ gamma
+    return rows.v_empty + Z @ phi + curve
+
+
+def _orthonormal(G: Array) -> Array:
+    """Return an orthonormal basis of the columns' span; columns that vanish or repeat drop out."""
+    scale = np.sqrt((G * G).sum(0))
+    G = G[:, scale > 1e-9] / scale[scale > 1e-9]
+    if not G.size:
+        return np.zeros((len(G), 0))
+    U, d, _ = np.linalg.svd(G, full_matrices=False)
+    return U[:, d > 1e-9 * d[0]]
