@@ -1,0 +1,368 @@
+"""The mirror against a real SQLite store: idempotent, within the limits, and without names."""
+
+import base64
+import json
+import os
+import socket
+import sqlite3
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from sample_report import HOSTILE, SPEC_DIGEST, job, names
+
+from attr_batch import tracking
+from attr_batch.errors import SpecError, StoreError
+from attr_batch.spec import Tracking
+from attr_batch.tracking import Child, Mirror, Pseudonyms, Snapshot, pseudonym, secret_key
+
+# Raised inside MLflow and its dependencies at import and use; none is about our calls.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+KEY = b"k" * 32
+
+
+def snapshot(n=4, pairs=6, *, ids=None, finished=True, **spec) -> Snapshot:
+    ids = ids or names(n)
+    attribution, evidence, cost = job(ids=ids, pairs=pairs)
+    facts = evidence["properties"]
+    children = [
+        Child(
+            key=f"{k:064x}",
+            coalition=u["coalition"],
+            role=u["role"],
+            pair=u["pair"],
+            replicate=u["replicate"],
+            metrics={
+                p: (e["utilities"][k]["value"], 0.01)
+                for p, e in facts.items()
+                if k < len(e["utilities"])
+            },
+            seconds=3.5,
+        )
+        for k, u in enumerate(facts["cluster_entropy"]["utilities"])
+    ]
+    return Snapshot(
+        spec={
+            "name": "digits",
+            "seed": 0,
+            "data": {"kind": "image_folder", "path": f"data/{ids[0]}", "contributors": list(ids)},
+            "estimator": {"kind": "ridge", "budget": 2 * pairs},
+            "properties": [{"kind": "cluster_entropy"}, {"kind": "confidence"}],
+            "tracking": {"uri": "http://user:password@host"},
+            **spec,
+        },
+        spec_digest=SPEC_DIGEST,
+        version="0.1.0",
+        roster=list(ids),
+        digests={"digits": "d1" * 32},
+        children=children if finished else children[:5],
+        progress={"done": len(children) if finished else 5, "failed": 1},
+        attribution=attribution if finished else None,
+        evidence=evidence if finished else None,
+        cost=cost if finished else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> bytes:
+    """The bytes of a database with MLflow's tables, which take seconds to create."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mirror = Mirror(f"sqlite:///{path}", "attr-batch", "0" * 64, KEY)
+    assert mirror.end("FINISHED")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def store(tmp_path, empty_store) -> Path:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(empty_store)
+    return path
+
+
+def mirror_of(store: Path, key: bytes | None = KEY, experiment: str = "job") -> Mirror:
+    return Mirror(f"sqlite:///{store}", experiment, SPEC_DIGEST, key)
+
+
+def client_of(store: Path):
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{store}")
+
+
+def runs_of(store: Path, experiment: str = "job"):
+    client = client_of(store)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    runs = client.search_runs([found.experiment_id], max_results=5000)
+    parents = [r for r in runs if r.data.tags["attr_batch.kind"] == "job"]
+    return parents, [r for r in runs if r not in parents]
+
+
+def artifacts_of(store: Path) -> dict[str, bytes]:
+    (root,) = (store.parent / "mlartifacts").iterdir()
+    root = root / "artifacts"
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_the_mirror_says_what_the_snapshot_says(store):
+    shot = snapshot()
+    mirror = mirror_of(store)
+    assert mirror.sync(shot)
+    assert mirror.end("FINISHED")
+    (parent,), children = runs_of(store)
+    assert shot.attribution is not None
+    first = shot.attribution["attributions"][0]
+    assert parent.info.status == "FINISHED"
+    assert parent.info.run_name == "digits"
+    assert parent.data.params["estimator.budget"] == "12"
+    assert parent.data.params["properties.1.kind"] == "confidence"
+    assert parent.data.metrics["cluster_entropy/v_full"] == first["v_full"]
+    spearman = parent.data.metrics["cluster_entropy/holdout_spearman"]
+    assert spearman == first["holdout"]["spearman"]
+    assert parent.data.metrics["seconds/base"] == 26.1
+    assert parent.data.metrics["coalitions/failed"] == 1
+    assert parent.inputs is not None
+    assert parent.inputs.dataset_inputs[0].dataset.digest == ("d1" * 32)[:36]
+    assert "held-out check" in parent.data.tags["mlflow.note.content"]
+    assert len(children) == len(shot.children)
+    by_key = {c.data.tags["attr_batch.run_key"]: c for c in children}
+    for child in shot.children:
+        run = by_key[child.key]
+        assert run.info.run_name == f"{child.coalition} r{child.replicate}"
+        assert run.info.status == "FINISHED"
+        assert run.info.end_time is not None
+        assert run.info.end_time - run.info.start_time == 3500
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["attr_batch.role"] == child.role
+        for name, (value, stderr) in child.metrics.items():
+            assert run.data.metrics[name] == value
+            assert run.data.metrics[f"{name}_stderr"] == stderr
+
+
+def test_artifacts_hold_tables_figures_and_the_report(store):
+    shot = snapshot()
+    assert mirror_of(store, key=None).sync(shot)
+    found = artifacts_of(store)
+    assert json.loads(found["attribution.json"]) == shot.attribution
+    table = json.loads(found["coalitions.json"])
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert row["coalition"] == "0000"
+    assert row["cluster_entropy"] == shot.children[0].metrics["cluster_entropy"][0]
+    assert len(table["data"]) == len(found["coalitions.csv"].decode().splitlines()) - 1
+    assert found["figures/cluster_entropy-values.svg"].startswith(b"<svg")
+    assert found["report/index.html"].startswith(b"<!doctype html>")
+    assert shot.evidence is not None
+    assert found["samples/00.png"] == base64.b64decode(shot.evidence["grids"][0]["png_base64"])
+
+
+def test_syncing_again_changes_nothing(store):
+    shot = snapshot()
+    first = mirror_of(store)
+    assert first.sync(shot)
+    before = runs_of(store), artifacts_of(store)
+    assert first.sync(shot)
+    assert mirror_of(store).sync(shot)  # another process
+    after = runs_of(store), artifacts_of(store)
+    ids = [sorted(r.info.run_id for r in runs[0] + runs[1]) for runs, _ in (before, after)]
+    assert ids[0] == ids[1]
+    assert before[1] == after[1]
+    history = client_of(store).get_metric_history(
+        after[0][0][0].info.run_id, "cluster_entropy/v_full"
+    )
+    assert len(history) == 1
+
+
+def test_a_job_grows_is_killed_and_resumes_under_the_same_run(store):
+    mirror = mirror_of(store)
+    assert mirror.sync(snapshot(finished=False))
+    (parent,), children = runs_of(store)
+    assert parent.info.status == "RUNNING"
+    assert len(children) == 5
+    assert mirror.end("KILLED")
+    assert runs_of(store)[0][0].info.status == "KILLED"
+    again = mirror_of(store)
+    shot = snapshot(name="renamed", resources={"workers": 9})
+    assert again.sync(shot)
+    (resumed,), children = runs_of(store)
+    assert resumed.info.run_id == parent.info.run_id
+    assert resumed.info.status == "RUNNING"
+    assert len(children) == len(shot.children)
+    assert again.end("FAILED")
+    assert runs_of(store)[0][0].info.status == "FAILED"
+
+
+def test_a_child_left_half_written_is_completed(store):
+    shot = snapshot()
+    assert mirror_of(store).sync(shot)
+    victim = runs_of(store)[1][0].info.run_id
+    with sqlite3.connect(store) as database:
+        database.execute("update runs set status = 'RUNNING' where run_uuid = ?", [victim])
+        database.execute("delete from latest_metrics where run_uuid = ?", [victim])
+        database.execute("delete from metrics where run_uuid = ?", [victim])
+    database.close()
+    assert mirror_of(store).sync(shot)
+    children = runs_of(store)[1]
+    assert len(children) == len(shot.children)
+    (healed,) = [c for c in children if c.info.run_id == victim]
+    assert healed.info.status == "FINISHED"
+    assert "cluster_entropy" in healed.data.metrics
+
+
+def test_no_name_is_sent(store):
+    ids = [
+        "Margarethe Oldenburg",
+        'Zoë "Zed" <Quux>',
+        "Ωμέγα",
+        "id",
+        "value",
+        "7",
+        "customer-90125",
+    ]
+    shot = snapshot(ids=ids, name="job of Margarethe Oldenburg")
+    assert shot.evidence is not None
+    shot.evidence["warnings"].append("margarethe oldenburg and customer-90125 share 3 images")
+    shot.evidence["instruments"][0]["card"]["Ωμέγα"] = 'accuracy on Zoë "Zed" <Quux>'
+    shot.evidence["grids"][0]["caption"] = "samples_Margarethe Oldenburg_1"
+    assert mirror_of(store).sync(shot)
+    secrets = [
+        "margarethe",
+        "oldenburg",
+        "quux",
+        "ωμέγα",
+        "\\u03c9\\u03bc",
+        "90125",
+        "user:password",
+    ]
+    files = {"database": store.read_bytes(), **artifacts_of(store)}
+    for name, content in files.items():
+        if name.endswith(".png"):
+            continue
+        text = (name + content.decode("utf-8", "ignore")).casefold()
+        for secret in secrets:
+            assert secret.casefold() not in text, (secret, name)
+    (parent,), _ = runs_of(store)
+    assert pseudonym(KEY, "7") in parent.data.params["data.contributors"]
+    assert pseudonym(KEY, "Ωμέγα") in files["report/index.html"].decode()
+    sent = json.loads(files["attribution.json"])["attributions"][0]["contributors"]
+    assert [c["id"] for c in sent] == [pseudonym(KEY, i) for i in ids]
+    assert {c["digest"] for c in sent} == {None}
+
+
+def test_names_are_sent_where_the_job_says_so(store):
+    assert mirror_of(store, key=None).sync(snapshot(ids=list(HOSTILE)))
+    assert "the-very-long-name" in artifacts_of(store)["report/index.html"].decode()
+
+
+def test_pseudonyms_are_keyed_and_leave_other_words_alone():
+    assert pseudonym(KEY, "Ann") == pseudonym(KEY, "Ann")
+    assert pseudonym(KEY, "Ann") != pseudonym(b"other", "Ann")
+    assert pseudonym(KEY, "Ann").startswith("c-")
+    assert len(pseudonym(KEY, "Ann")) == 12
+    rewrite = Pseudonyms(KEY, ["Ann", "Ann Lee", "4"])
+    ann, lee, four = (pseudonym(KEY, n) for n in ("Ann", "Ann Lee", "4"))
+    assert rewrite.text("Annual ANN, Ann Lee_ann.png") == f"Annual {ann}, {lee}_{ann}.png"
+    assert rewrite.text("seed 4, torch 2.4") == "seed 4, torch 2.4"
+    assert rewrite.free({"4": ["4", 4]}, exact=True) == {four: [four, 4]}
+    assert Pseudonyms(KEY, ["4", " "]).text("4 and more") == "4 and more"
+
+
+def test_long_and_odd_values_fit_mlflows_limits(store):
+    long = {"target": "x" * 20_000, "odd key é%$": 1, "odd key é%€": 1, "k" * 400: 2}
+    long |= {f"many_{k}": k for k in range(250)}
+    assert mirror_of(store).sync(snapshot(royalty=long))
+    (parent,), _ = runs_of(store)
+    assert len(parent.data.params["royalty.target"]) < 6000
+    assert parent.data.params["royalty.many_249"] == "249"
+    assert parent.data.params["royalty.odd key ___"] == "1"
+    assert all(not key.startswith(("tracking", "resources")) for key in parent.data.params)
+
+
+def test_many_contributors_fit_too(store):
+    shot = snapshot(258, 2)
+    assert mirror_of(store).sync(shot)
+    (parent,), children = runs_of(store)
+    assert len(parent.data.tags["mlflow.note.content"]) <= 8000
+    assert len(parent.data.params["data.contributors"]) < 6000
+    assert {len(c.data.tags["mlflow.runName"]) for c in children} == {2 + 65 + 3}
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_is_down_is_one_warning_and_quick(capsys, monkeypatch):
+    for name in tracking.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    uri = f"http://me:hidden@127.0.0.1:{closed_port()}"
+    mirror = Mirror(uri, "job", SPEC_DIGEST, KEY)
+    start = time.monotonic()
+    assert not mirror.sync(snapshot())
+    assert not mirror.sync(snapshot())
+    assert not mirror.end("FAILED")
+    assert time.monotonic() - start < 15
+    said = capsys.readouterr().err
+    assert said.count("warning: MLflow at http://…@127.0.0.1") == 1
+    assert "attr-batch sync" in said
+    assert "hidden" not in said
+
+
+def test_a_mirror_that_was_down_catches_up(store, monkeypatch):
+    mirror = mirror_of(store)
+    monkeypatch.setattr(mirror, "_uri", f"sqlite:///{store}/below-a-file.db")
+    assert not mirror.sync(snapshot())
+    monkeypatch.setattr(mirror, "_uri", f"sqlite:///{store}")
+    assert not mirror.sync(snapshot())  # too soon to try again
+    monkeypatch.setattr(mirror, "_again", 0.0)
+    assert mirror.sync(snapshot())
+    assert len(runs_of(store)[0]) == 1
+
+
+def test_the_users_own_environment_stays(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    mirror_of(store).end("FINISHED")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_the_default_key_is_made_once_and_private(tmp_path):
+    key = secret_key(tmp_path / "work")
+    path = tmp_path / "work" / "pseudonym.key"
+    assert len(key) == 32
+    assert secret_key(tmp_path / "work") == key
+    assert secret_key(tmp_path / "other") != key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["pseudonym.key"]
+    path.write_bytes(b"short")
+    with pytest.raises(StoreError, match="wanted 32 bytes, got 5"):
+        secret_key(tmp_path / "work")
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be kept"):
+        secret_key(tmp_path / "file")
+
+
+def test_the_spec_decides_who_is_mirrored_and_how(tmp_path, monkeypatch):
+    def built(**fields):
+        return tracking.mirror(Tracking(**fields), SPEC_DIGEST, tmp_path / "w", "sqlite:///d.db")
+
+    assert built(enabled=False) is None
+    names_sent = built(contributors="names", uri="http://host")
+    assert names_sent is not None
+    assert (names_sent._key, names_sent._uri) == (None, "http://host")
+    assert not (tmp_path / "w").exists()
+    own = built()
+    assert own is not None
+    assert (own._key, own._uri) == (secret_key(tmp_path / "w"), "sqlite:///d.db")
+    monkeypatch.setenv("PSEUDONYM_KEY", "from outside")
+    keyed = built(key_env="PSEUDONYM_KEY")
+    assert keyed is not None
+    assert keyed._key == b"from outside"
+    monkeypatch.setenv("PSEUDONYM_KEY", "")
+    with pytest.raises(SpecError, match="not set"):
+        built(key_env="PSEUDONYM_KEY")
