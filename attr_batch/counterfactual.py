@@ -1,0 +1,350 @@
+"""The model a coalition alone would give: how to get it (`derive`), and from where (`Base`).
+
+The paper's sparsified fine-tuning (Eq. 6) trains the pruned model for k steps on the coalition's
+data; `Finetune` does so with the dense model and `Retrain` from nothing, the definition itself and
+the most expensive. A further method (LoRA, gradient ascent, influence unlearning) is one more class
+with `kind`, `start`, `check` and `derive`, and one more name in the union `Counterfactual`.
+
+The published system samples from a long-running average of the weights, much of which still
+predates the coalition's data after k steps. Here an average that forgets within some 20 steps is
+restarted for each coalition; `ema: continued` is the published one, kept to show its lag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from attr_batch import log
+from attr_batch.errors import DataError, SpecError
+from attr_batch.models import (
+    Model,
+    Training,
+    load_weights,
+    read_safetensors,
+    reinitialise,
+    save_weights,
+    write_safetensors,
+)
+from attr_batch.pruning import Pruning, PruningPlan, count_macs, count_parameters
+from attr_batch.recipe import Part, derive_seed
+from attr_batch.training import Ema, train
+
+if TYPE_CHECKING:
+    import torch
+
+    from attr_batch.models import NoiseSchedule
+
+Start = Literal["pruned", "dense", "fresh"]
+Subject = Literal["trained", "pruned", "untrained"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all coalitions start from: the trained model and the pruned one, each in its folder."""
+
+    model: Model
+    dense: Path
+    pruned: Path
+    plan: PruningPlan
+    channels: int
+    size: int
+    device: str
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of every model of the job."""
+        return self.model.schedule
+
+    def module(self, start: Start) -> torch.nn.Module:
+        """Return a module of its own with the trained weights of `dense` or `pruned`."""
+        module = self.fresh(start, seed=0)
+        if start != "fresh":
+            load_weights(module, self._weights(start))
+        return module.to(self.device)
+
+    def fresh(self, start: Start, seed: int) -> torch.nn.Module:
+        """Return the same architecture as `start`, freshly initialised: a function of `seed`."""
+        seed = derive_seed("initial weights", seed)
+        module: Any = self.model.build(self.channels, self.size, seed)
+        if start == "pruned" and self.plan.kept:
+            reinitialise(self.plan.apply(module), seed)
+        return module.to(self.device)
+
+    def long_ema(self, start: Start, module: torch.nn.Module) -> Ema:
+        """Return the long-running average of the base's training, to be continued on `module`."""
+        path = self._weights(start)
+        means, metadata = read_safetensors(path.with_name(f"{path.stem}-ema.safetensors"))
+        ema = Ema(module, "long", metadata["updates"])
+        for name, mean in ema.weights.items():
+            mean.copy_(means[name])
+        return ema
+
+    def reference(self, subject: Subject, seed: int | None = None) -> torch.nn.Module:
+        """Return the trained or the pruned model, or the untrained one of `seed`."""
+        if subject == "untrained":
+            return self.fresh("dense", seed or 0)
+        return self.module("pruned" if subject == "pruned" else "dense").eval()
+
+    def _weights(self, start: Start) -> Path:
+        return (self.pruned if start == "pruned" else self.dense) / f"{start}.safetensors"
+
+
+# -- the counterfactuals ---------------------------------------------------------------------------
+
+
+class _Finetuning(Training):
+    """k = `steps` of training on the coalition's images, from trained weights."""
+
+    start: ClassVar[Start]
+
+    steps: PositiveInt = Field(default=100, description="The paper's k.")
+    warmup: int = Field(default=0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    ema: Literal["restarted", "raw", "continued"] = Field(
+        default="restarted",
+        description="Weights to sample from: an average restarted for the coalition, the last "
+        "ones, or the published average that continues the base's.",
+    )
+
+    def check(self, model: Model) -> None:
+        """Raise SpecError if this cannot be done with `model`: never."""
+
+    def derive(
+        self,
+        base: Base,
+        images: np.ndarray,
+        *,
+        seed: int,
+        checkpoint: Path | None = None,
+        upkeep: log.Upkeep | None = None,
+        device: str = "cpu",
+    ) -> torch.nn.Module:
+        """Return the model of the coalition whose uint8 images these are, ready to sample from.
+
+        Without images it is the untrained network. Errors are those of `training.train`.
+        """
+        if len(images) == 0:
+            return base.fresh(self.start, seed).to(device)
+        module = base.module(self.start).to(device)
+        ema = None
+        if self.ema == "restarted":
+            ema = Ema(module, "short")
+        elif self.ema == "continued":
+            ema = base.long_ema(self.start, module)
+        train(
+            module,
+            images,
+            base.schedule,
+            self,
+            seed=seed,
+            ema=ema,
+            checkpoint=checkpoint,
+            upkeep=upkeep,
+            device=device,
+        )
+        if ema is not None:
+            ema.copy_to(module)
+        return module
+
+
+class SparsifiedFinetune(_Finetuning):
+    """Fine-tune the pruned model on the coalition's images: the paper's method."""
+
+    start = "pruned"
+    kind: Literal["sparsified_finetune"] = "sparsified_finetune"
+
+
+class Finetune(_Finetuning):
+    """Fine-tune the dense model on the coalition's images."""
+
+    start = "dense"
+    kind: Literal["finetune"] = "finetune"
+
+
+class Retrain(Part):
+    """Train the dense architecture from nothing on the coalition's images: the definition itself.
+
+    As the model itself was trained, unless `training` says otherwise.
+    """
+
+    start: ClassVar[Start] = "fresh"
+
+    kind: Literal["retrain"] = "retrain"
+    training: Training | None = None
+    ema: Literal["restarted", "raw"] = Field(
+        default="raw",
+        description="Weights to sample from: the last ones, or an average of late ones.",
+    )
+
+    def check(self, model: Model) -> None:
+        """Raise SpecError if it is not said how to train."""
+        self._training(model)
+
+    def derive(
+        self,
+        base: Base,
+        images: np.ndarray,
+        *,
+        seed: int,
+        checkpoint: Path | None = None,
+        upkeep: log.Upkeep | None = None,
+        device: str = "cpu",
+    ) -> torch.nn.Module:
+        """Return the model of the coalition whose uint8 images these are, ready to sample from.
+
+        Without images it is the untrained network. Errors are those of `training.train`.
+        """
+        training = self._training(base.model)
+        module = base.fresh(self.start, seed).to(device)
+        if len(images) == 0:
+            return module
+        ema = Ema(module, "short") if self.ema == "restarted" else None
+        train(
+            module,
+            images,
+            base.schedule,
+            training,
+            seed=seed,
+            ema=ema,
+            checkpoint=checkpoint,
+            upkeep=upkeep,
+            device=device,
+        )
+        if ema is not None:
+            ema.copy_to(module)
+        return module
+
+    def _training(self, model: Model) -> Training:
+        training = self.training or model.training
+        if training is None:
+            hint = "say how to train: counterfactual: {kind: retrain, training: {steps: ...}}"
+            raise SpecError("retraining a model used as it is", "counterfactual.training", hint)
+        return training
+
+
+Counterfactual = Annotated[SparsifiedFinetune | Finetune | Retrain, Field(discriminator="kind")]
+
+
+# -- what all coalitions start from ----------------------------------------------------------------
+
+
+def prepare_dense(
+    model: Model,
+    images: np.ndarray,
+    folder: Path,
+    *,
+    seed: int,
+    upkeep: log.Upkeep | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train (or load) the model on all images and write it into `folder`; return its card.
+
+    `folder` belongs to these inputs alone: what an interrupted call left there is taken up again.
+    It holds dense.safetensors, dense-ema.safetensors and, once all is done, card.json.
+    """
+    channels, size = _shape(images)
+    module = model.initial(channels, size, derive_seed("initial weights", seed))
+    facts = {
+        "macs": count_macs(module, channels, size),
+        "parameters": count_parameters(module),
+        "shape": [channels, size, size],
+    }
+    return _train_and_write(
+        "dense", module, images, model, model.training, folder, facts, seed, upkeep, device
+    )
+
+
+def prepare_pruned(
+    model: Model,
+    pruning: Pruning,
+    images: np.ndarray,
+    dense: Path,
+    folder: Path,
+    *,
+    seed: int,
+    upkeep: log.Upkeep | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Prune the model in folder `dense`, train what is left on all images; return its card.
+
+    As `prepare_dense`; also writes pruning.json, the plan.
+    """
+    channels, size = _shape(images)
+    module = model.build(channels, size, 0)
+    load_weights(module, dense / "dense.safetensors")
+    plan = pruning.plan(module, channels, size)
+    plan.apply(module)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "pruning.json", plan.to_json())
+    facts = {"macs": list(plan.macs), "parameters": list(plan.parameters)}
+    return _train_and_write(
+        "pruned", module, images, model, pruning.recovery, folder, facts, seed, upkeep, device
+    )
+
+
+def load_base(
+    model: Model, dense: Path, pruned: Path, channels: int, size: int, device: str = "cpu"
+) -> Base:
+    """Return the base whose two halves lie in these folders."""
+    try:
+        plan = json.loads((pruned / "pruning.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", str(pruned / "pruning.json")) from None
+    return Base(model, dense, pruned, PruningPlan.from_json(plan), channels, size, device)
+
+
+def _shape(images: np.ndarray) -> tuple[int, int]:
+    _, channels, size, _ = images.shape
+    return channels, size
+
+
+def _train_and_write(
+    name: Literal["dense", "pruned"],
+    module: torch.nn.Module,
+    images: np.ndarray,
+    model: Model,
+    training: Training | None,
+    folder: Path,
+    facts: dict[str, Any],
+    seed: int,
+    upkeep: log.Upkeep | None,
+    device: str,
+) -> dict[str, Any]:
+    """Train `module` if it is said how, write its weights and, last of all, its card."""
+    card_file, checkpoint = folder / "card.json", folder / "checkpoint.safetensors"
+    card = {**facts, "steps": 0, "loss": None}
+    ema = Ema(module.to(device), "long")
+    if training is not None and not card_file.exists():
+        result = train(
+            module,
+            images,
+            model.schedule,
+            training,
+            seed=derive_seed(name, seed),
+            ema=ema,
+            checkpoint=checkpoint,
+            upkeep=upkeep,
+            device=device,
+        )
+        card |= {"steps": result.steps, "loss": result.loss}
+    if not card_file.exists():
+        save_weights(module, folder / f"{name}.safetensors")
+        means = folder / f"{name}-ema.safetensors"
+        write_safetensors(means, ema.weights, {"updates": ema.i})
+        _write_json(card_file, card)
+    checkpoint.unlink(missing_ok=True)
+    return json.loads(card_file.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, sort_keys=True), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,310 @@
+"""The training loop: one loop for the base, the recovery and every coalition's fine-tuning.
+
+The loss is the plain denoising loss of the paper's Eq. 1 (for another prediction, its equivalent).
+What is random in step i is a function of (seed, i) alone: the order of the images, the noise, the
+times. So a resumed run ends with the same bits as an undisturbed one, and all coalitions of a
+replicate see the same noise, which takes most of its variance out of their differences.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from attr_batch import log
+from attr_batch.errors import DataError, Interrupted, NumericsError
+from attr_batch.models import NoiseSchedule, Training, read_safetensors, write_safetensors
+from attr_batch.recipe import derive_seed, digest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Ema", "TrainResult", "Training", "batch_indices", "to_unit", "train"]
+
+LOSS_MEMORY = 0.98  # of the running loss that is shown: about the last 50 steps
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to: the running loss at its end (corrected for its start)."""
+
+    loss: float
+    steps: int
+
+
+class Ema:
+    """An exponential moving average of a module's weights: m <- d_i m + (1 - d_i) w.
+
+    `short`, restarted for each coalition: d_i = min(.95, (1 + i)/(3 + i)), so that the weights
+    it started from are forgotten within some 20 steps but training noise is averaged out.
+    `long`, the published one: d_i = min(.9999, 1 - (1 + i)^(-3/4)); its memory grows with the
+    training, and what is fine-tuned briefly on top of it hardly shows.
+    """
+
+    def __init__(self, module: torch.nn.Module, kind: Literal["short", "long"], i: int = 0) -> None:
+        self.kind, self.i = kind, i
+        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    def decay(self, i: int) -> float:
+        """Return d_i, the share of the old average that the i-th update keeps."""
+        if self.kind == "short":
+            return min(0.95, (1 + i) / (3 + i))
+        return min(0.9999, 1 - (1 + i) ** -0.75)
+
+    def update(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take one step of training into the average."""
+        import torch
+
+        mean = list(self.weights.values())
+        new = [p.detach() for p in parameters]
+        torch._foreach_lerp_(mean, new, 1 - self.decay(self.i))  # pyright: ignore
+        self.i += 1
+
+    def copy_to(self, module: torch.nn.Module) -> None:
+        """Give `module` the averaged weights."""
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self.weights[name])
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def batch_indices(seed: int, count: int, start: int, batch: int) -> np.ndarray:
+    """Return which of `count` images come at positions start, ..., start + batch - 1.
+
+    Every epoch is a permutation of its own; where a batch ends does not matter.
+    """
+    parts = []
+    position = start
+    while position < start + batch:
+        epoch, offset = divmod(position, count)
+        stop = min(count, offset + start + batch - position)
+        rng = np.random.default_rng(derive_seed("order", seed, epoch))
+        parts.append(rng.permutation(count)[offset:stop])
+        position += stop - offset
+    return np.concatenate(parts)
+
+
+def stratified_times(seed: int, step: int, batch: int, timesteps: int) -> np.ndarray:
+    """Return a time for each image of a batch: one uniform draw, spread evenly over all times.
+
+    Each is uniform over 0..timesteps-1 as in DDPM, but a batch always covers small and large times,
+    which lowers the variance of the loss (Kingma et al., 2021, appendix I.1). The images' order is
+    random, so times and images remain independent.
+    """
+    u = random.Random(derive_seed("time", seed, step)).random()  # noqa: S311
+    return ((u + np.arange(batch) / batch) % 1.0 * timesteps).astype(np.int64)
+
+
+def train(
+    model: torch.nn.Module,
+    images: np.ndarray,
+    schedule: NoiseSchedule,
+    training: Training,
+    *,
+    seed: int,
+    ema: Ema | None = None,
+    checkpoint: Path | None = None,
+    upkeep: log.Upkeep | None = None,
+    device: str = "cpu",
+) -> TrainResult:
+    """Train `model` in place on uint8 `images` (count, channels, size, size).
+
+    Resumes from `checkpoint` where it exists; the caller deletes it when the result is safe.
+
+    Raises:
+        Interrupted: `upkeep` said to stop; the checkpoint is written.
+        NumericsError: the loss is not finite.
+        DataError: the checkpoint belongs to another training.
+    """
+    import torch
+
+    from attr_batch import ops
+
+    upkeep = upkeep or log.Upkeep()
+    model.to(device).train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, betas=training.betas, weight_decay=training.weight_decay, fused=True
+    )
+    data = torch.from_numpy(images).to(device)
+    slots = torch.arange(training.batch, device=device)
+    noise_seed = derive_seed("noise", seed)
+    shape = (training.batch, *images.shape[1:])
+
+    # Resume.
+    start, running = 0, torch.zeros((), device=device)
+    identity = ""
+    if checkpoint is not None:
+        identity = _identity(model, ema, images, schedule, training, seed)
+        state = _read_checkpoint(checkpoint, identity)
+        if state is not None:
+            start = _restore(state, model, optimizer, ema)
+            running = state[0]["running"].to(device)
+
+    # bf16: forward and backward on a copy, so that weights are cast once a step.
+    worker = model
+    if training.precision == "bf16":
+        worker = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
+    worker_parameters = list(worker.parameters())
+
+    figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
+    for step in range(start, training.steps):
+        # Draw images, noise and times: functions of (seed, step).
+        chosen = batch_indices(seed, len(images), step * training.batch, training.batch)
+        x0 = to_unit(data[torch.from_numpy(chosen).to(device)])
+        noise = ops.counter_normal(slots, x0[0].numel(), noise_seed, step).view(shape)
+        times = stratified_times(seed, step, training.batch, schedule.timesteps)
+        t = torch.from_numpy(times).to(device)
+
+        # Denoising loss and its gradient.
+        if worker is not model:
+            with torch.no_grad():
+                torch._foreach_copy_(worker_parameters, parameters)  # pyright: ignore
+        x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
+        answer = worker(x_t, t, return_dict=False)[0].float()
+        loss = torch.nn.functional.mse_loss(answer, schedule.target(x0, noise, t))
+        loss.backward()
+        if worker is not model:
+            for parameter, other in zip(parameters, worker_parameters, strict=True):
+                parameter.grad = None if other.grad is None else other.grad.float()
+            worker.zero_grad(set_to_none=True)
+
+        # Step.
+        if training.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = training.rate(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(parameters)
+        running = LOSS_MEMORY * running + (1 - LOSS_MEMORY) * loss.detach()
+
+        # Tick: show the loss, notice divergence, keep a checkpoint, stop if asked to.
+        done = step + 1
+        if upkeep.tick(done, training.steps, **figures):
+            figures = {"loss": _running_loss(running, done)}
+            stopping = upkeep.stopping()
+            if checkpoint is not None and (stopping or done < training.steps):
+                _write_checkpoint(checkpoint, identity, done, running, model, optimizer, ema)
+            if stopping:
+                hint = "run the same command again: it goes on from the checkpoint"
+                raise Interrupted(f"stopped at step {done} of {training.steps}", None, hint)
+
+    model.eval()
+    return TrainResult(_running_loss(running, training.steps), training.steps)
+
+
+def _running_loss(running: torch.Tensor, steps: int) -> float:
+    """Return the running loss, corrected for its start at 0. NumericsError if it is not finite."""
+    loss = float(running) / (1 - LOSS_MEMORY**steps)
+    if not math.isfinite(loss):
+        hint = "a smaller learning_rate, a longer warmup or precision: fp32 may help"
+        raise NumericsError(f"the training loss became {loss} by step {steps}", None, hint)
+    return loss
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def _identity(
+    model: torch.nn.Module,
+    ema: Ema | None,
+    images: np.ndarray,
+    schedule: NoiseSchedule,
+    training: Training,
+    seed: int,
+) -> str:
+    """Return a digest of all that decides the training's outcome, to know its checkpoint by."""
+    start = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        start.update(f"{name} {tuple(tensor.shape)}".encode())
+        start.update(tensor.detach().cpu().numpy().tobytes())
+    return digest(
+        {
+            "images": [
+                list(images.shape),
+                digest(images.tobytes()),
+            ],
+            "start": start.hexdigest(),
+            "ema": None if ema is None else [ema.kind, ema.i],
+            "schedule": schedule.recipe(),
+            "training": training.recipe(),
+            "seed": seed,
+        }
+    )
+
+
+def _write_checkpoint(
+    path: Path,
+    identity: str,
+    step: int,
+    running: torch.Tensor,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
+    metadata = {"identity": identity, "step": step, "ema": None if ema is None else ema.i}
+    write_safetensors(path, {**tensors, "running": running}, metadata)
+
+
+def _read_checkpoint(path: Path, identity: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """Return the checkpoint's tensors and metadata; None where there is none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = read_safetensors(path)
+    except DataError as error:
+        log.warn(f"checkpoint ignored, the training starts over: {error}")
+        return None
+    if not isinstance(metadata, dict) or metadata.get("identity") != identity:
+        hint = "delete the file, or work in another folder"
+        raise DataError("is the checkpoint of another training", str(path), hint)
+    return tensors, metadata
+
+
+def _restore(
+    state: tuple[dict[str, torch.Tensor], Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+) -> int:
+    """Put a checkpoint back and return the number of steps it has done."""
+    import torch
+
+    tensors, metadata = state
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(tensors[f"model.{name}"])
+        if ema is not None:
+            ema.i = metadata["ema"]
+            for name, mean in ema.weights.items():
+                mean.copy_(tensors[f"ema.{name}"])
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition(".")
+        if part == "optimizer":
+            i, _, name = rest.partition(".")
+            slots.setdefault(int(i), {})[name] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    return metadata["step"]
