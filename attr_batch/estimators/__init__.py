@@ -37,11 +37,12 @@ _EXACT_LIMIT = 16
 class _Budgeted(Part):
     """What the estimators that sample have in common.
 
-    `budget` counts design evaluations; endpoints and holdout come on top. `max_failed` is how many
-    entries of the plan may stay without a value.
+    `budget` counts design evaluations, by default six for each contributor (the intervals need
+    five); endpoints and holdout come on top. `max_failed` is how many entries of the plan may stay
+    without a value.
     """
 
-    budget: int = Field(ge=2)
+    budget: int | None = Field(None, ge=2)
     seed: int = 0
     confidence: Confidence = 0.95
     holdout: int = Field(12, ge=0)
@@ -50,8 +51,8 @@ class _Budgeted(Part):
 
     @field_validator("budget")
     @classmethod
-    def _whole_pairs(cls, budget: int) -> int:
-        if budget % 2:
+    def _whole_pairs(cls, budget: int | None) -> int | None:
+        if budget is not None and budget % 2:
             raise ValueError(
                 f"budget {budget} is odd: evaluations come in complement pairs, take {budget + 1}"
             )
@@ -67,7 +68,7 @@ class _Budgeted(Part):
         less to hold out. SpecError below two contributors.
         """
         design.check_players(n)
-        chosen = design.prefix(self._design(n), self.budget)
+        chosen = design.prefix(self._design(n), self.budget or min(6 * n, (1 << n) - 2))
         taken = {entry.coalition for entry in chosen}
         held = (e for e in design.holdout(n, self.seed) if e.coalition not in taken)
         return [
