@@ -172,14 +172,14 @@ def _shard(text: str | None) -> tuple[int, int]:
 # -- jobs -----------------------------------------------------------------------------------------
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     from attr_batch.runner import run
 
     shard, shards = _shard(arguments.shard)
-    attribution = run(_open(arguments), shard, shards, arguments.provisional)
+    job = _open(arguments)
+    attribution = run(job, shard, shards, arguments.provisional)
     if attribution is not None:
-        _show_results(_open_quietly(arguments), attribution, arguments)
-    return 0
+        _show_results(job, attribution, arguments)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -187,10 +187,6 @@ def _report(arguments: argparse.Namespace) -> None:
 
     job = _open(arguments)
     _show_results(job, publish(job, arguments.provisional), arguments)
-
-
-def _open_quietly(arguments: argparse.Namespace) -> Any:
-    return _open(arguments)
 
 
 def _show_results(job: Any, attribution: dict[str, Any], arguments: argparse.Namespace) -> None:

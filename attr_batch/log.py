@@ -31,6 +31,7 @@ class Progress:
     def __init__(self, label: str, total: int, *, unit: str = "step", quiet: bool = False) -> None:
         self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
         self._start = self._last = time.monotonic()
+        self._done = 0
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=True)
@@ -43,8 +44,9 @@ class Progress:
                 self._bar.set_postfix(figures, refresh=False)
             self._bar.refresh()
         elif not self.quiet and (
-            time.monotonic() - self._last >= TICK_SECONDS or done == self.total
+            time.monotonic() - self._last >= TICK_SECONDS or self._done < done == self.total
         ):
+            self._done = done
             self._last = time.monotonic()
             extra = "".join(
                 f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}"

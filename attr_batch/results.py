@@ -401,14 +401,28 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
     folder = job.ledger.store.path(f"reports/{job.spec_digest}{suffix}")
     cost = json.loads((folder / "cost.json").read_text())
     phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in cost["seconds"].items())
+    headline, *others = attribution["attributions"]
     lines = [
-        report.table(attribution),
+        report.table(headline),
+        *(f"also measured   {other['property']}: {_checked(other)}" for other in others),
         f"worker seconds  {phases}",
         f"report          {folder / 'index.html'}",
     ]
     if job.spec.tracking.enabled:
         lines.append(f"MLflow          mlflow ui --backend-store-uri {_tracking_uri(job)}")
     return "\n".join(lines)
+
+
+def _checked(attribution: dict[str, Any]) -> str:
+    """Say in one line what a property's values add up to, and how well they predict."""
+    total = attribution["v_full"] - attribution["v_empty"]
+    check = attribution["holdout"]
+    held = (
+        "not checked on held-out coalitions"
+        if check is None or check["spearman"] is None
+        else f"held-out Spearman {check['spearman']:.2f} (chance below {check['chance95']:.2f})"
+    )
+    return f"values sum to {total:.4g}, {held}"
 
 
 # -- values computed elsewhere --------------------------------------------------------------------

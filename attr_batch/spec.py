@@ -180,8 +180,8 @@ def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
 
 def _parse(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
     lines: dict[tuple, int] = {}
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise SpecError("is empty", where, "start from examples/digits/job.yaml")
@@ -193,8 +193,6 @@ def _parse(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
         raise SpecError(f"not valid YAML: {error.problem}", place) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"not valid YAML: {error}", where) from None
-    finally:
-        loader.dispose()
 
 
 def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str) -> None:
