@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from attr_batch.data import Name, natural
 from attr_batch.errors import NumericsError, SpecError
@@ -186,7 +186,9 @@ class ClassShare(_Classified):
 
     kind: Literal["class_share"]
     label: Name = Field(description="One of the data's labels.")
-    name: FileName = Field(default_factory=lambda data: f"class_share-{_slug(data['label'])}")
+    name: FileName = Field(
+        default="", validate_default=False, description="Default: kind and label."
+    )
 
     unit: ClassVar[str] = "share"
 
@@ -199,6 +201,11 @@ class ClassShare(_Classified):
     def higher_means(self) -> str:
         """Completes "A higher value means ..."."""
         return f"more images of {self.label}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, given: Any) -> Any:
+        return _named(given, "label")
 
     def check(self, labels: tuple[str, ...], where: str) -> None:
         """Raise SpecError unless the data have this label."""
@@ -240,7 +247,9 @@ class Call(Part):
         max_length=200,
         description='"package.module:function", importable (on PYTHONPATH).',
     )
-    name: FileName = Field(default_factory=lambda data: f"call-{_slug(data['target'])}")
+    name: FileName = Field(
+        default="", validate_default=False, description="Default: kind and target."
+    )
     groups: int = Field(default=10, ge=2, le=1000, description="Parts of the jackknife.")
 
     unit: ClassVar[str] = ""
@@ -254,6 +263,11 @@ class Call(Part):
     def higher_means(self) -> str:
         """Completes "A higher value means ..."."""
         return f"a higher {self.name}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_it(cls, given: Any) -> Any:
+        return _named(given, "target")
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields and the digest of the function's source file."""
@@ -365,6 +379,13 @@ def _entropy(counts: np.ndarray) -> float:
 def _x_log_x(p: np.ndarray) -> np.ndarray:
     """Return p log p, 0 at p = 0."""
     return p * np.log(np.where(p > 0, p, 1.0))
+
+
+def _named(given: Any, field: str) -> Any:
+    """Fill in the name where none is given: the kind and what `field` says."""
+    if not isinstance(given, dict) or "name" in given:
+        return given
+    return {**given, "name": f"{given.get('kind')}-{_slug(str(given.get(field)))}"}
 
 
 def _slug(text: str) -> str:

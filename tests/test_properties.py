@@ -374,6 +374,13 @@ def test_properties_with_one_classifier_share_it(fitted):
     assert parsed({"kind": "classifier_confidence"}).instrument() not in parts
 
 
+@pytest.mark.parametrize("tree", [{"kind": "class_share"}, {"kind": "call", "target": "no colon"}])
+def test_one_mistake_is_one_error(tree):
+    with pytest.raises(ValidationError) as caught:
+        parsed(tree)
+    assert caught.value.error_count() == 1
+
+
 def test_names_suit_files_and_stay_apart():
     labels = ["Van Gogh", "Van/Gogh", "夜", "昼", "x" * 90, "x" * 91, "3"]
     names = [ClassShare(kind="class_share", label=label).name for label in labels]
