@@ -21,7 +21,7 @@ from attr_batch.evidence import PropertyEvidence
 if TYPE_CHECKING:
     import numpy as np
 
-WIDTH = 520  # of every chart's view box: 13-unit letters stay legible on a 360 px screen
+WIDTH = 440  # of every chart's view box: 13-unit letters are still 10 px on a 360 px screen
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
 MOST_ROWS = 40  # above this many contributors the interval chart drops the names
 
@@ -183,7 +183,7 @@ def utility_svg(
     utilities = evidence["utilities"]
     reach = [u["value"] for u in utilities] + [value for _, value in crosses]
     reach += [attribution["v_empty"], attribution["v_full"]]
-    foot = 330 - BOTTOM
+    foot = 300 - BOTTOM
     x = _Scale.over((-0.4 - n / 50, n + 0.4 + n / 50), LEFT, WIDTH - RIGHT, whole=True)
     y = _Scale.over((min(reach), max(reach)), foot, TOP, pad=0.05)
     marks = [
@@ -210,7 +210,7 @@ def utility_svg(
         f"{counts['design']} design and {counts['holdout']} held-out coalitions; "
         f"v(empty) {attribution['v_empty']:.4g}, v(full) {attribution['v_full']:.4g}."
     )
-    return _svg(330, title, described, marks)
+    return _svg(300, title, described, marks)
 
 
 def holdout_svg(
@@ -231,7 +231,7 @@ def holdout_svg(
         nothing = _text(WIDTH / 2, 40, "no held-out coalition was predicted", "soft", "middle")
         return _svg(70, title, "Nothing to show.", [nothing])
     reach = [q for p, v, e, _ in points for q in (p, v - e, v + e)]
-    domain, top, foot, end = (min(reach), max(reach)), TOP + 16, 380 - BOTTOM, 462
+    domain, top, foot, end = (min(reach), max(reach)), TOP + 16, 360 - BOTTOM, WIDTH - RIGHT
     x = _Scale.over(domain, LEFT, end, pad=0.04)
     y = _Scale.over(domain, foot, top, pad=0.04)
     marks = [_axis_x(x, top, foot, "predicted from the values"), _axis_y(y, LEFT, end)]
@@ -246,7 +246,7 @@ def holdout_svg(
     check = attribution["holdout"]
     rho = check["spearman"] if check else None
     described = f"{len(points)} coalitions" + (f", Spearman {rho:.2f}." if rho is not None else ".")
-    return _svg(380, title, described, marks)
+    return _svg(360, title, described, marks)
 
 
 def grid_png(images: np.ndarray, columns: int = 8, scale: int = 3) -> bytes:

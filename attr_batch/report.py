@@ -75,14 +75,6 @@ def headline(attribution: Mapping[str, Any]) -> dict[str, Any]:
     return next(a for a in attribution["attributions"] if a["property"] == attribution["headline"])
 
 
-def collapsed(attribution: Mapping[str, Any]) -> bool:
-    """Whether the estimator found no difference between contributors and split equally."""
-    values = [c["value"] for c in attribution["contributors"]]
-    plain = [c["ls_value"] for c in attribution["contributors"] if c["ls_value"] is not None]
-    spread, wide = max(values) - min(values), max(plain, default=0.0) - min(plain, default=0.0)
-    return spread <= max(1e-3 * wide, 1e-12 * max(abs(v) for v in values))
-
-
 def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tuple[str, str]]:
     """Return what a reader must know before believing a number, as (what, explanation).
 
@@ -106,7 +98,7 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
     elif not interval["reliable"]:
         wanted = math.ceil(2.5 * n)
         found.append(("Intervals are rough", f"{evidence}; {wanted} are needed to rely on them"))
-    if collapsed(attribution):
+    if attribution["collapsed"]:
         found.append(
             (
                 "Collapsed to equal split",
@@ -131,11 +123,19 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
         )
     if not check or check["spearman"] is None:
         found.append(("Not checked", "there are not enough held-out coalitions for a rank check"))
-    elif check["chance95"] is None or check["spearman"] <= check["chance95"]:
+    elif check["spearman"] <= check["chance95"]:
         found.append(
             (
                 "The check does not beat chance",
                 "on held-out coalitions the values predict no better than luck would",
+            )
+        )
+    elif check["size_rmse"] <= check["rmse"]:
+        found.append(
+            (
+                "No better than counting heads",
+                "an equal split, which knows only how many contribute, predicts held-out "
+                "coalitions with no larger error",
             )
         )
     if attribution["v_full"] <= attribution["v_empty"]:
@@ -151,7 +151,8 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
 def table(attribution: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """Return one property's values as text for a terminal, at most 80 columns wide.
 
-    `attribution` is one object of attribution.json; `names` maps contributor ids to what is shown.
+    `attribution` is one object of attribution.json, or what `attr-batch attribute` made of a CSV
+    file, which knows of no images; `names` maps contributor ids to what is shown.
     """
     rows = _ranked(attribution)
     digits = decimals(rows)
@@ -163,12 +164,13 @@ def table(attribution: Mapping[str, Any], names: Mapping[str, str] | None = None
         [number(r["value"], digits) for r in rows],
         [_interval(r, digits) for r in rows],
         [_percent(r["share"]) for r in rows],
-        [str(r["images"]) for r in rows],
+        ["–" if r["images"] is None else str(r["images"]) for r in rows],
     ]
     confidence = f"{100 * attribution['interval']['confidence']:g} % interval"
     heads = ["", "contributor", "value", confidence, "share", "images"]
     total = ["", "total", number(sum(r["value"] for r in rows), digits), "", "", ""]
-    total[5] = str(sum(r["images"] for r in rows))
+    if all(r["images"] is not None for r in rows):
+        total[5] = str(sum(r["images"] for r in rows))
     body = [[heads[k], *column, total[k]] for k, column in enumerate(columns)]
     widths = [max(map(cells, column)) for column in body]
     widths[1] = max(8, min(widths[1], WIDTH - sum(widths) + widths[1] - 2 * (len(widths) - 1)))
@@ -277,7 +279,7 @@ def _marks(attribution: Mapping[str, Any], provisional: bool) -> str:
 def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     confidence = f"{100 * attribution['interval']['confidence']:g} %"
     caption = (
-        f"{_safe(facts['title'].capitalize())}: values by {_safe(attribution['estimator'])} from "
+        f"{_safe(_upper(facts['title']))}: values by {_safe(attribution['estimator'])} from "
         f"{attribution['coalitions']['used']} coalitions, largest first."
     )
     ranked = list(enumerate(_ranked(attribution), 1))
@@ -378,10 +380,13 @@ def _check_section(attribution: Mapping[str, Any], facts: PropertyEvidence) -> s
     check = attribution["holdout"]
     if not check:
         return "<p>No coalition was held out, so nothing shows that the values predict.</p>"
+    digits = decimals(attribution["contributors"])
     rows = [
         ("Spearman correlation", number(check["spearman"], 2)),
         ("a method that knows nothing stays below", number(check["chance95"], 2)),
-        ("root mean square error", number(check["rmse"], decimals(attribution["contributors"]))),
+        ("an equal split (coalition size only) reaches", number(check["size_spearman"], 2)),
+        ("root mean square error", number(check["rmse"], digits)),
+        ("that of an equal split", number(check["size_rmse"], digits)),
         ("held-out coalitions", str(check["coalitions"])),
     ]
     text = (
@@ -440,7 +445,7 @@ def _folded(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     digits = decimals(attribution["contributors"])
     full, empty = (number(attribution[k], digits) for k in ("v_full", "v_empty"))
     return (
-        f"<details><summary>{_safe(facts['title'].capitalize())} <small>v(full) {full}, v(empty) "
+        f"<details><summary>{_safe(_upper(facts['title']))} <small>v(full) {full}, v(empty) "
         f"{empty}; held-out check: {_safe(_check(attribution))}</small></summary>"
         f"<p>A higher value means {_safe(facts['higher_means'])}.</p>{_marks(attribution, False)}"
         f"{_values(attribution, facts)}<h3>Held-out check</h3>{_check_section(attribution, facts)}"
@@ -468,18 +473,19 @@ def _cost(evidence: Evidence, cost: Cost) -> str:
 
 
 def _provenance(attribution: Mapping[str, Any], evidence: Evidence) -> str:
-    rows = [
-        ("spec digest", attribution["spec_digest"]),
-        ("base", evidence["base"]),
-        ("counterfactual", evidence["counterfactual"]),
-        ("recipe", _flat(attribution["recipe"])),
-        ("numerics class", _flat(attribution["numerics"])),
-        ("interval", f"{attribution['interval']['method']}, df {attribution['interval']['df']}"),
-        ("attr-batch", attribution["version"]),
-        *evidence["provenance"].items(),
-    ]
-    rows += [(card["kind"], _flat(card["card"])) for card in evidence["instruments"]]
-    text = _facts([(name, str(value)) for name, value in rows], "long")
+    interval = attribution["interval"]
+    rows = {
+        "spec digest": attribution["spec_digest"],
+        "base": evidence["base"],
+        "counterfactual": evidence["counterfactual"],
+        "recipe": _flat(attribution["recipe"]),
+        "numerics class": _flat(attribution["numerics"]),
+        "interval": f"{interval['method']}, {interval['df']} degrees of freedom",
+        "attr-batch": attribution["version"],
+        **evidence["provenance"],
+    }
+    cards = [(card["kind"], _flat(card["card"])) for card in evidence["instruments"]]
+    text = _facts([*rows.items(), *cards], "long")
     if evidence["warnings"]:
         text = f'<ul class="marks">{_items(evidence["warnings"])}</ul>' + text
     if evidence["failures"]:
@@ -518,6 +524,10 @@ def _percent(share: float | None) -> str:
 
 def _pc(part: float) -> str:
     return f"{100 * part:.2f}%"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]  # str.capitalize would lower the rest of a name
 
 
 def _seconds(s: float) -> str:

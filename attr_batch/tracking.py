@@ -27,7 +27,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,6 +168,9 @@ class Pseudonyms:
     def snapshot(self, snapshot: Snapshot) -> Snapshot:
         """Return the snapshot as it may be sent."""
         spec = {k: self.free(v, exact=k == "data") for k, v in snapshot.spec.items()}
+        listed = spec.get("data", {}).get("contributors")
+        if isinstance(listed, Mapping):  # {id: digest}, and a digest tells whose images they are
+            spec["data"]["contributors"] = list(listed)
         return replace(
             snapshot,
             spec=spec,
@@ -185,13 +188,14 @@ class Pseudonyms:
         return {self.text(name): value for name, value in by_property.items()}
 
     def _attribution(self, attribution: Mapping[str, Any]) -> dict[str, Any]:
-        # No digest: whoever has the images could find their contributor by it.
+        # Without digests, as in the spec.
         return {
             "headline": self.text(attribution["headline"]),
             "attributions": [
                 {
                     **a,
                     "property": self.text(a["property"]),
+                    "recipe": self.free(a["recipe"]),
                     "contributors": [
                         {**row, "id": self._names[row["id"]], "digest": None}
                         for row in a["contributors"]
@@ -277,16 +281,17 @@ class Mirror:
 
     def sync(self, snapshot: Snapshot) -> bool:
         """Make MLflow show this snapshot, with the parent RUNNING; False if MLflow is away."""
-        if time.monotonic() < self._again:
-            return False
-        if self._key is not None:
-            snapshot = Pseudonyms(self._key, snapshot.roster).snapshot(snapshot)
-        return self._attempt(lambda: self._sync(snapshot))
+        return time.monotonic() >= self._again and self._attempt(lambda: self._sync(snapshot))
 
-    def end(self, status: Status) -> bool:
-        """Give the parent its final status, if it exists; False if MLflow is away."""
+    def end(self, status: Status, snapshot: Snapshot | None = None) -> bool:
+        """Show the last snapshot, if there is one, and give the parent its final status.
+
+        Always tries, however short ago MLflow was away; False if it still is.
+        """
 
         def end() -> None:
+            if snapshot is not None:
+                self._sync(snapshot)
             self._connect()
             parent = self._parent or self._find_parent()
             if parent is not None:
@@ -294,7 +299,7 @@ class Mirror:
 
         return self._attempt(end)
 
-    def _attempt(self, work: Any) -> bool:
+    def _attempt(self, work: Callable[[], None]) -> bool:
         try:
             work()
         except Exception as error:  # whatever a mirror's store throws, the work goes on
@@ -313,6 +318,8 @@ class Mirror:
         return True
 
     def _sync(self, snapshot: Snapshot) -> None:
+        if self._key is not None:
+            snapshot = Pseudonyms(self._key, snapshot.roster).snapshot(snapshot)
         self._connect()
         if self._parent is None:
             self._parent = self._find_parent() or self._create_parent(snapshot)
@@ -337,7 +344,8 @@ class Mirror:
         if found is None:
             try:
                 self._experiment_id = client.create_experiment(
-                    self._experiment, artifact_location=_artifact_location(self._uri)
+                    self._experiment,
+                    artifact_location=_artifact_location(self._uri),
                 )
             except MlflowException:  # another job was faster
                 found = client.get_experiment_by_name(self._experiment)

@@ -64,7 +64,8 @@ def test_page_is_well_formed_and_complete(n):
     links = [a["href"] for tag, a in outline.tags if tag == "a"]
     assert links
     assert {f"#{key}" for key in ids} == set(links)
-    assert text.count("Inception Score") >= 1
+    assert "Inception Score" in text
+    assert "Cluster entropy" in text
 
 
 def test_page_fetches_and_runs_nothing():
@@ -123,6 +124,16 @@ def test_table_prints_the_numbers_and_the_check():
     assert f"v(empty) {attribution['v_empty']:.2f}" in text
 
 
+def test_table_of_utilities_from_elsewhere_knows_no_images():
+    attribution = first(job()[0])
+    attribution["coalitions"].update(planned=None, failed=None)
+    for c in attribution["contributors"]:
+        c["images"] = None
+    text = report.table(attribution)
+    assert "None" not in text
+    assert "Coalitions missing" not in text
+
+
 def test_table_shows_given_names():
     attribution = first(job()[0])
     identity = attribution["contributors"][0]["id"]
@@ -148,8 +159,7 @@ def spoil(attribution, what):
             for c in people:
                 c["low"] = c["high"] = None
         case "Collapsed":
-            for c in people:
-                c["value"] = 0.26
+            attribution["collapsed"] = True
         case "No shares":
             for c in people:
                 c["share"] = None
@@ -159,6 +169,8 @@ def spoil(attribution, what):
             attribution["holdout"] = None
         case "beat chance":
             attribution["holdout"]["spearman"] = attribution["holdout"]["chance95"]
+        case "counting heads":
+            attribution["holdout"]["rmse"] = attribution["holdout"]["size_rmse"]
         case "untrained model":
             attribution["v_empty"] = attribution["v_full"]
 
@@ -173,6 +185,7 @@ def spoil(attribution, what):
         "missing",
         "Not checked",
         "beat chance",
+        "counting heads",
         "untrained model",
     ],
 )

@@ -17,12 +17,8 @@ from attr_batch.errors import SpecError, StoreError
 from attr_batch.spec import Tracking
 from attr_batch.tracking import Child, Mirror, Pseudonyms, Snapshot, pseudonym, secret_key
 
-# Raised inside MLflow and its dependencies at import and use; none is about our calls.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+# Of SQLAlchemy, at a query of MLflow's own.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 KEY = b"k" * 32
 
 
@@ -253,6 +249,15 @@ def test_no_name_is_sent(store):
     assert {c["digest"] for c in sent} == {None}
 
 
+def test_digests_of_contributors_are_not_sent(store):
+    shot = snapshot(data={"contributors": {name: f"{k:064x}" for k, name in enumerate(names(4))}})
+    assert mirror_of(store).sync(shot)
+    (parent,), _ = runs_of(store)
+    sent = json.loads(parent.data.params["data.contributors"])
+    assert sent == [pseudonym(KEY, name) for name in names(4)]
+    assert all(f"{3:064x}".encode() not in text for text in artifacts_of(store).values())
+
+
 def test_names_are_sent_where_the_job_says_so(store):
     assert mirror_of(store, key=None).sync(snapshot(ids=list(HOSTILE)))
     assert "the-very-long-name" in artifacts_of(store)["report/index.html"].decode()
@@ -319,9 +324,10 @@ def test_a_mirror_that_was_down_catches_up(store, monkeypatch):
     assert not mirror.sync(snapshot())
     monkeypatch.setattr(mirror, "_uri", f"sqlite:///{store}")
     assert not mirror.sync(snapshot())  # too soon to try again
-    monkeypatch.setattr(mirror, "_again", 0.0)
-    assert mirror.sync(snapshot())
-    assert len(runs_of(store)[0]) == 1
+    assert mirror.end("FINISHED", snapshot())  # the last chance is taken
+    (parent,), children = runs_of(store)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == len(snapshot().children)
 
 
 def test_the_users_own_environment_stays(store, monkeypatch):
