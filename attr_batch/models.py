@@ -286,8 +286,7 @@ class DiffusersFolder(Part):
 
     def check(self, channels: int, size: int) -> None:
         """Raise DataError if the folder cannot be used, or the images do not fit the model."""
-        _ = self.schedule, self._weights
-        config = self.config
+        config, _, _ = self.config, self.schedule, self._weights
         where = str(self._unet_folder / "config.json")
         for key in ("in_channels", "out_channels"):
             if config.get(key, 3) != channels:
@@ -363,7 +362,7 @@ def _build(config: dict[str, Any], seed: int) -> UNet2DModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel(**config).eval()
+        return UNet2DModel.from_config(config).eval()
 
 
 def reinitialise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

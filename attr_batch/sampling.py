@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,7 +126,9 @@ def solver_coefficients(
 
     scheduler = _scheduler(solver, schedule)
     try:
-        scheduler.set_timesteps(count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # diffusers makes numpy of tensors
+            scheduler.set_timesteps(count)
     except ValueError as error:
         raise SpecError(str(error).splitlines()[0], "sampling.steps") from None
     times = scheduler.timesteps.tolist()
