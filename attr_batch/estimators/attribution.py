@@ -13,7 +13,6 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata, t
 
 from attr_batch.coalition import Coalition
 from attr_batch.errors import DataError
@@ -285,7 +284,7 @@ def attribute(
     """Add to the values phi (n,) the interval of paired least squares and the holdout check."""
     rows, noise = evidence.rows, evidence.noise
     ls_values, se, interval = _interval(rows, noise, confidence)
-    reach = t.ppf((1 + confidence) / 2, interval.df) if se is not None else 0.0
+    reach = _student((1 + confidence) / 2, interval.df) if se is not None else 0.0
     return Attribution(
         estimator=estimator,
         values=_floats(phi),
@@ -362,10 +361,22 @@ def _check(rows: Rows, phi: Array, Z: Array, observed: Array) -> Holdout | None:
 def spearman(a: Array, b: Array) -> float | None:
     """Return Spearman's correlation, ties averaged; None where one side is constant."""
     # Differences of rounding are ties: predictions of one size must not be ranked by their bits.
-    x, y = (rankdata(np.round(v, 12 - _magnitude(v))) for v in (a, b))
+    x, y = (_ranks(np.round(v, 12 - _magnitude(v))) for v in (a, b))
     x, y = x - x.mean(), y - y.mean()
     norm = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / norm if norm else None
+
+
+def _ranks(v: Array) -> Array:
+    _, place, count = np.unique(v, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _student(probability: float, df: int) -> float:
+    """Return a quantile of Student's t."""
+    from scipy.special import stdtrit  # here, so that --help and status start fast
+
+    return float(stdtrit(df, probability))
 
 
 def _magnitude(v: Array) -> int:
@@ -382,7 +393,7 @@ def chance95(k: int) -> float:
         x = np.arange(k) - (k - 1) / 2
         rho = np.array([x[list(order)] @ x for order in permutations(range(k))]) / (x @ x)
         return float(np.quantile(np.abs(rho), 0.95, method="higher"))
-    quantile = float(t.ppf(0.975, k - 2))
+    quantile = _student(0.975, k - 2)
     return quantile / float(np.sqrt(quantile**2 + k - 2))
 
 

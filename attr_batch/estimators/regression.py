@@ -23,8 +23,6 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh, pinvh
-from scipy.optimize import brentq
 
 from attr_batch.estimators.design import size_probability
 
@@ -48,7 +46,7 @@ BASES: tuple[tuple[str, ...], ...] = (
     ("quadratic", "cubic", "log", "jump", "inverse"),
 )
 LS_COLUMNS = ("quadratic", "cubic", "jump")
-_ROWS_PER_COLUMN = 8  # a basis is a candidate only with so many rows for each of its columns
+_ROWS_PER_COLUMN = 4  # a basis is a candidate only with so many rows for each of its columns
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def closed_form(rows: Rows) -> Array:
     w = rows.count / rows.count.sum()
     A = rows.Z.T @ (w[:, None] * rows.Z)
     d = rows.Z.T @ (w * (rows.v - rows.v_empty))
-    A_inv = pinvh(A)
+    A_inv = np.linalg.pinv(A, hermitian=True)
     one = np.ones(rows.n)
     return A_inv @ (d - one * ((one @ A_inv @ d - rows.delta) / (one @ A_inv @ one)))
 
@@ -220,7 +218,7 @@ def ridge(rows: Rows) -> Ridge:
     t = rows.s / rows.n
     X = (rows.Z - t[:, None]) * root[:, None]
     y = (rows.v - rows.v_empty - t * rows.delta) * root
-    gram_spectrum = np.maximum(eigh(X.T @ X, eigvals_only=True), 0)
+    gram_spectrum = np.maximum(np.linalg.eigvalsh(X.T @ X), 0)
     fits = []
     for names in BASES:
         if names and len(y) < _ROWS_PER_COLUMN * len(names):
@@ -249,7 +247,9 @@ class _Restricted:
 
 def _restricted_fit(X: Array, y: Array, df: int) -> _Restricted:
     """Maximise the restricted likelihood over lambda; X and y are free of the fixed effects."""
-    a, V = eigh(X.T @ X)
+    from scipy.optimize import brentq  # here, so that --help and status start fast
+
+    a, V = np.linalg.eigh(X.T @ X)
     keep = a > 1e-10 * max(a[-1], 1e-300)
     a, V = a[keep], V[:, keep]
     c = (V.T @ (X.T @ y)) / np.sqrt(a)

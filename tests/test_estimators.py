@@ -1,0 +1,645 @@
+"""The estimators against games with known values, the axioms, and dense float64 references."""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import games
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+from scipy.optimize import minimize_scalar
+from scipy.stats import spearmanr
+from scipy.stats import t as student
+
+from attr_batch.coalition import Coalition
+from attr_batch.errors import DataError, IncompleteDesign, SpecError
+from attr_batch.estimators import (
+    Estimator,
+    Exact,
+    Observation,
+    PairedLS,
+    Reference,
+    Ridge,
+    design,
+    regression,
+)
+from attr_batch.estimators.attribution import chance95, gather, indicators, spearman
+
+SAMPLED = (Reference, PairedLS, Ridge)
+
+
+def observe(plan, game, sd=0.0, seed=0):
+    """Measure a plan: the game's utilities with i.i.d. noise."""
+    noise = sd * np.random.default_rng(seed).normal(size=len(plan))
+    values = game.v([entry.coalition.mask for entry in plan]) + noise
+    return [
+        Observation(e.coalition, float(v), e.role, e.pair, e.replicate)
+        for e, v in zip(plan, values, strict=True)
+    ]
+
+
+def table(values, n):
+    """Observations of all 2^n utilities; values[mask]."""
+    roles = {0: "empty", (1 << n) - 1: "grand"}
+    return [
+        Observation(Coalition(mask, n), float(v), roles.get(mask, "design"))
+        for mask, v in enumerate(values)
+    ]
+
+
+def error(values, phi):
+    return np.linalg.norm(np.asarray(values) - phi) / np.linalg.norm(phi)
+
+
+# ------------------------------------------------------------------ the games themselves
+
+TEXTBOOK = (
+    games.linear(6),
+    games.unanimity(6, [1, 3]),
+    games.airport([3, 1, 2, 5, 5, 0.5]),
+    games.weighted_voting([4, 3, 2, 1, 1], 6),
+)
+
+
+@pytest.mark.parametrize("game", [*TEXTBOOK, *(family(8, 3) for family in games.FAMILIES)])
+def test_the_oracle_agrees_with_the_definition(game):
+    np.testing.assert_allclose(
+        game.shapley(), games.enumerate_shapley(game.value, game.n), atol=1e-11
+    )
+
+
+def test_glove_values_are_the_textbook_ones():
+    np.testing.assert_allclose(games.glove(1, 2).shapley(), [2 / 3, 1 / 6, 1 / 6])
+
+
+# ------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 7, 20, 64, 258])
+def test_a_larger_budget_extends_a_smaller_one(estimator, n):
+    small = estimator(budget=20, holdout=0, seed=3).plan(n)
+    large = estimator(budget=60, holdout=0, seed=3).plan(n)
+    assert large[: len(small)] == small
+
+
+@pytest.mark.parametrize("n", [5, 6, 9, 20, 64, 258])
+def test_holdout_does_not_depend_on_the_budget_and_is_disjoint(n):
+    budgets = [m for m in (2 * n, 10 * n) if m < (1 << n) // 2] or [2 * n]
+    held = []
+    for estimator, budget in itertools.product(SAMPLED, budgets):
+        plan = estimator(budget=budget, holdout=8).plan(n)
+        pairs = {min(e.coalition, e.coalition.complement()) for e in plan if e.role == "design"}
+        held.append([e.coalition for e in plan if e.role == "holdout"])
+        assert all(min(c, c.complement()) not in pairs for c in held[-1])
+        assert len(set(held[-1])) == len(held[-1])
+        assert all(n <= 4 * c.size <= 3 * n for c in held[-1])
+    assert all(other == held[0] for other in held)
+    assert len(held[0]) == 8 or n == 5
+
+
+def test_when_everything_is_measured_nothing_is_held_out():
+    plan = Ridge(budget=30, holdout=8).plan(5)
+    assert len({e.coalition for e in plan if e.role == "design"}) == 30
+    assert not [e for e in plan if e.role == "holdout"]
+
+
+def test_ridge_and_paired_ls_share_every_entry():
+    options = {"budget": 80, "seed": 5, "holdout": 7}
+    assert Ridge(**options).plan(20) == PairedLS(**options).plan(20)
+
+
+@pytest.mark.parametrize("n", [5, 10, 20, 258])
+def test_pairs_are_complements_and_never_repeat(n):
+    entries = [e for e in Ridge(budget=min(400, 2**n - 2)).plan(n) if e.role == "design"]
+    for k, (a, b) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
+        assert a.coalition.complement() == b.coalition
+        assert a.pair == b.pair == k
+        assert [a.index, b.index] == [2 * k, 2 * k + 1]
+    assert len({e.coalition for e in entries}) == len(entries)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+def test_a_full_budget_enumerates_and_more_repeats_as_replicates(n):
+    every = (1 << n) - 2
+    entries = [e for e in Ridge(budget=2 * every).plan(n) if e.role == "design"]
+    assert {e.coalition for e in entries[:every]} == {e.coalition for e in entries[every:]}
+    assert [e.replicate for e in entries] == [0] * every + [1] * every
+
+
+@pytest.mark.parametrize("n", [20, 50, 258])
+def test_every_prefix_has_the_kernel_s_sizes(n):
+    p = np.array(design.size_probability(n))
+    batch = 2 * design.batch_pairs(n)
+    entries = design.prefix(design.paired(n, 1), 6 * batch)
+    for m in range(batch, 3 * batch, batch):  # before small strata are used up
+        count = np.bincount([e.coalition.size for e in entries[:m]], minlength=n + 1)
+        drift = np.abs(np.cumsum(count - m * p)[: n // 2])
+        assert drift.max() < 4  # independent draws drift by sqrt(m)
+
+
+def test_every_member_of_a_size_is_equally_likely():
+    first = Counter(
+        next(e.coalition for e in design.paired(4, seed) if e.coalition.size in (1, 3))
+        for seed in range(2000)
+    )
+    assert len(first) == 8  # either member of the pair may come first
+    assert max(first.values()) < 1.35 * 2000 / 8
+    assert min(first.values()) > 0.65 * 2000 / 8
+
+
+def test_draw_probability_is_conditional_on_what_was_drawn():
+    n, p = 6, design.size_probability(6)
+    first, second = list(design.prefix(design.paired(n, 0), 4))[::2]
+    pairs = {1: 6, 2: 15, 3: 10}
+    s1, s2 = (min(e.coalition.size, n - e.coalition.size) for e in (first, second))
+    q = {1: 2 * p[1], 2: 2 * p[2], 3: p[3]}
+    assert first.probability == pytest.approx(q[s1] / pairs[s1])
+    assert second.probability == pytest.approx(q[s2] / (pairs[s2] - (s1 == s2)))
+
+
+def test_batches_are_whole_pairs():
+    entries = [e for e in Ridge(budget=100).plan(20) if e.role == "design"]
+    assert Counter(e.batch for e in entries) == dict.fromkeys(range(5), 20)
+
+
+def test_endpoints_come_first_with_their_replicates():
+    plan = Ridge(budget=2, endpoint_replicates=3).plan(7)[:6]
+    assert [e.role for e in plan] == ["empty", "grand"] * 3
+    assert [e.replicate for e in plan] == [0, 0, 1, 1, 2, 2]
+    assert [e.index for e in plan] == list(range(6))
+    assert {e.sequence for e in plan} == {"endpoint"}
+
+
+def test_the_paper_s_repeats_are_replicates():
+    entries = [e for e in Reference(budget=200).plan(6) if e.role == "design"]
+    seen = Counter()
+    for e in entries:
+        assert e.replicate == seen[e.coalition]
+        seen[e.coalition] += 1
+    assert max(seen.values()) > 1
+
+
+def test_the_paper_s_sizes_follow_the_kernel():
+    sizes = [e.coalition.size for e in design.prefix(design.independent(20, 0), 4000)]
+    p = np.array(design.size_probability(20))[1:20]
+    count = np.bincount(sizes, minlength=20)[1:]
+    chi2 = float(((count - 4000 * p) ** 2 / (4000 * p)).sum())
+    assert chi2 < 80  # 18 degrees of freedom; the held-out eighth of the middle costs a little
+
+
+def test_plans_of_seeds_differ():
+    assert Ridge(budget=40, seed=0).plan(20) != Ridge(budget=40, seed=1).plan(20)
+
+
+def test_exact_plans_everything_once():
+    plan = Exact(endpoint_replicates=1).plan(5)
+    assert sorted(e.coalition.mask for e in plan) == list(range(32))
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValidationError, match="31 is odd"):
+        Ridge(budget=31)
+    with pytest.raises(ValidationError):
+        Exact.model_validate({"kind": "exact", "budget": 60})
+    with pytest.raises(SpecError, match="1 contributor: "):
+        Ridge(budget=10).plan(1)
+    with pytest.raises(SpecError, match=r"2\^17"):
+        Exact().plan(17)
+
+
+def test_the_default_budget_is_six_a_contributor_or_everything():
+    assert sum(e.role == "design" for e in Ridge().plan(20)) == 120
+    assert sum(e.role == "design" for e in Ridge().plan(4)) == 14
+
+
+def test_the_union_reads_every_kind():
+    adapter = TypeAdapter(Estimator)
+    for kind in ("reference", "paired_ls", "ridge", "exact"):
+        assert adapter.validate_python({"kind": kind}).kind == kind
+
+
+# ------------------------------------------------------------------ axioms, by enumeration
+
+
+utilities = st.integers(2, 5).flatmap(
+    lambda n: st.tuples(
+        st.just(n),
+        st.lists(st.floats(-10, 10), min_size=1 << n, max_size=1 << n),
+        st.lists(st.floats(-10, 10), min_size=1 << n, max_size=1 << n),
+    )
+)
+
+
+@given(utilities)
+@settings(max_examples=40, deadline=None)
+def test_with_all_coalitions_every_axiom_holds(case):
+    n, u, v = case
+    u, v = np.array(u), np.array(v)
+    masks = np.arange(1 << n)
+
+    def solve(values):
+        return np.array(Exact().estimate(table(values, n), n).values)
+
+    phi_u, phi_v = solve(u), solve(v)
+    place = {(masks[:, None] >> np.arange(n) & 1)[m].tobytes(): m for m in masks}
+    value = lambda Z: u[[place[row.astype(int).tobytes()] for row in Z]]  # noqa: E731
+    np.testing.assert_allclose(phi_u, games.enumerate_shapley(value, n), atol=1e-9)
+    assert abs(phi_u.sum() - (u[-1] - u[0])) < 1e-9
+    np.testing.assert_allclose(solve(2 * u - 3 * v), 2 * phi_u - 3 * phi_v, atol=1e-8)
+    without = masks & ~1  # player 0 changes nothing
+    assert abs(solve(u[without])[0]) < 1e-9
+    swapped = (masks & ~3) | (masks & 1) << 1 | (masks >> 1 & 1)  # players 0 and 1 are alike
+    alike = solve(u + u[swapped])
+    assert abs(alike[0] - alike[1]) < 1e-9
+    for estimator in (PairedLS, Ridge):
+        np.testing.assert_array_equal(estimator().estimate(table(u, n), n).values, phi_u)
+
+
+@given(st.integers(2, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 2**32 - 1))))
+@settings(max_examples=30, deadline=None)
+def test_regression_with_all_coalitions_is_the_definition(case):
+    n, seed = case
+    rows = gather(table(np.random.default_rng(seed).normal(size=1 << n), n), n).rows
+    phi = regression.exact(rows)[0]
+    np.testing.assert_allclose(regression.paired_least_squares(rows).phi, phi, atol=1e-9)
+
+
+# ------------------------------------------------------------------ properties of every reading
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("budget", [10, 30, 60, 200])
+def test_values_sum_to_the_gain(estimator, budget):
+    game = games.class_entropy(10, 1)
+    one = estimator(budget=budget)
+    found = one.estimate(observe(one.plan(10), game, 0.3), 10)
+    assert abs(sum(found.values) - (found.v_full - found.v_empty)) < 1e-9
+    assert abs(found.efficiency_gap) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", [PairedLS, Ridge])
+def test_a_linear_game_is_read_exactly_without_noise(estimator):
+    game = games.linear(20, 1)
+    one = estimator(budget=100)
+    found = one.estimate(observe(one.plan(20), game), 20)
+    np.testing.assert_allclose(found.values, game.shapley(), atol=1e-6)
+    assert found.holdout is not None
+    assert found.holdout.rmse < 1e-5
+    assert found.holdout.spearman == pytest.approx(1)
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("budget", [16, 60, 100])
+def test_relabelling_contributors_permutes_the_answer(estimator, budget):
+    n, one = 12, estimator(budget=budget)
+    order = np.random.default_rng(1).permutation(n)
+    observations = observe(one.plan(n), games.coverage(n, 2), 0.05)
+    relabelled = [
+        replace(o, coalition=Coalition.of((int(order[i]) for i in o.coalition.members), n))
+        for o in observations
+    ]
+    a, b = one.estimate(observations, n), one.estimate(relabelled, n)
+    np.testing.assert_allclose(np.array(b.values)[order], a.values, atol=1e-8)
+    if a.se is not None and b.se is not None:
+        np.testing.assert_allclose(np.array(b.se)[order], a.se, rtol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_the_order_of_observations_does_not_change_a_bit(estimator):
+    one = estimator(budget=60)
+    observations = observe(one.plan(8), games.log_total(8), 0.1)
+    again = list(reversed(observations))
+    assert one.estimate(observations, 8) == one.estimate(again, 8)
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_holdout_rows_are_not_fitted(estimator):
+    one = estimator(budget=60, holdout=10)
+    observations = observe(one.plan(10), games.log_total(10), 0.1)
+    spoilt = [replace(o, value=9.0) if o.role == "holdout" else o for o in observations]
+    a, b = one.estimate(observations, 10), one.estimate(spoilt, 10)
+    assert (a.values, a.se) == (b.values, b.se)
+    assert a.holdout != b.holdout
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_missing_rows_are_done_without(estimator):
+    game = games.coverage(10, 1)
+    one = estimator(budget=120)
+    observations = observe(one.plan(10), game, 0.02)
+    kept = [o for k, o in enumerate(observations) if o.role in ("empty", "grand") or k % 7]
+    found = one.estimate(kept, 10)
+    assert found.used == len(kept)
+    assert abs(found.efficiency_gap) < 1e-9
+    whole = error(one.estimate(observations, 10).values, game.shapley())
+    assert error(found.values, game.shapley()) < 1.6 * whole + 0.05
+
+
+@pytest.mark.parametrize("estimator", [PairedLS, Ridge])
+def test_rows_without_pairs_are_read(estimator):
+    game = games.linear(8, 2)
+    plan = Reference(budget=80, holdout=0).plan(8)
+    found = estimator().estimate(observe(plan, game), 8)
+    np.testing.assert_allclose(found.values, game.shapley(), atol=1e-6)
+
+
+def test_relative_scale_of_the_utility_does_not_matter():
+    one = Ridge(budget=60)
+    observations = observe(one.plan(10), games.class_entropy(10), 0.1)
+    scaled = [replace(o, value=1e6 * o.value - 5e6) for o in observations]
+    a, b = one.estimate(observations, 10), one.estimate(scaled, 10)
+    np.testing.assert_allclose(np.array(b.values), 1e6 * np.array(a.values), rtol=1e-6)
+
+
+def test_an_empty_coalition_off_the_scale_does_not_leak_into_differences():
+    one = PairedLS(budget=100)
+    observations = observe(one.plan(20), games.log_total(20), 0.1)
+    moved = [replace(o, value=o.value - 50) if o.role == "empty" else o for o in observations]
+    a, b = (np.array(one.estimate(x, 20).values) for x in (observations, moved))
+    np.testing.assert_allclose(b - b.mean(), a - a.mean(), atol=1e-9)
+    ridge = Ridge(budget=100)
+    a, b = (np.array(ridge.estimate(x, 20).values) for x in (observations, moved))
+    assert np.linalg.norm((b - b.mean()) - (a - a.mean())) < 0.35 * np.linalg.norm(a - a.mean())
+
+
+def test_observations_that_cannot_be_read_are_refused():
+    one = Exact()
+    good = table(np.arange(8.0), 3)
+    with pytest.raises(DataError, match="empty coalition 000"):
+        one.estimate(good[1:], 3)
+    with pytest.raises(DataError, match="grand coalition 111"):
+        one.estimate(good[:-1], 3)
+    with pytest.raises(DataError, match="no design coalition"):
+        Ridge().estimate([good[0], good[-1]], 3)
+    with pytest.raises(DataError, match="wanted 4"):
+        one.estimate(good, 4)
+    with pytest.raises(DataError, match="nan"):
+        one.estimate([replace(good[0], value=math.nan), *good[1:]], 3)
+    with pytest.raises(IncompleteDesign, match="5 of the 6"):
+        one.estimate([*good[:3], *good[4:]], 3)
+
+
+# ------------------------------------------------------------------ dense references
+
+
+@pytest.mark.parametrize("n", [5, 12, 20])
+def test_reference_is_equation_5(n):
+    one = Reference(budget=6 * n, holdout=0, seed=2)
+    observations = observe(one.plan(n), games.mean_quality(n, 1), 0.1)
+    fitted = [o for o in observations if o.role == "design"]
+    v0 = np.mean([o.value for o in observations if o.role == "empty"])
+    v1 = np.mean([o.value for o in observations if o.role == "grand"])
+    A = sum(np.outer(z, z) for z in games.indicators((o.coalition.mask for o in fitted), n))
+    A = A / len(fitted)
+    d = sum(
+        games.indicators([o.coalition.mask], n)[0] * (o.value - v0) / len(fitted) for o in fitted
+    )
+    A_inv, ones = np.linalg.pinv(A), np.ones(n)
+    beta = A_inv @ (d - ones * (ones @ A_inv @ d - v1 + v0) / (ones @ A_inv @ ones))
+    np.testing.assert_allclose(one.estimate(observations, n).values, beta, atol=1e-8)
+
+
+def reml_rows():
+    one = Ridge(budget=60, holdout=0)
+    return gather(observe(one.plan(10), games.class_entropy(10, 3), 0.3), 10).rows
+
+
+def test_ridge_maximises_the_restricted_likelihood():
+    rows = reml_rows()
+    fit = regression.ridge(rows)
+    assert fit.lam is not None
+    W = np.diag(1 / regression.row_weights(rows))
+    t = rows.s / rows.n
+    X, y = rows.Z - t[:, None], rows.v - rows.v_empty - t * rows.delta
+    G = regression.size_columns(rows.s, rows.n, fit.columns)
+    m, q = G.shape
+
+    def minus_two_log_reml(log_lam):
+        V = W + X @ X.T / np.exp(log_lam)
+        inner = G.T @ np.linalg.solve(V, G)
+        P = np.linalg.inv(V) @ (np.eye(m) - G @ np.linalg.solve(inner, G.T @ np.linalg.inv(V)))
+        return (m - q) * np.log(y @ P @ y) + np.linalg.slogdet(V)[1] + np.linalg.slogdet(inner)[1]
+
+    best = minimize_scalar(minus_two_log_reml, (-3, 3), options={"xtol": 1e-10})
+    assert np.log(fit.lam) == pytest.approx(best.x, abs=1e-4)
+    V = W + X @ X.T / fit.lam
+    gamma = np.linalg.solve(G.T @ np.linalg.solve(V, G), G.T @ np.linalg.solve(V, y))
+    theta = X.T @ np.linalg.solve(V, y - G @ gamma) / fit.lam
+    np.testing.assert_allclose(fit.phi, rows.delta / rows.n + theta, atol=1e-8)
+
+
+def test_variance_is_the_hc2_sandwich_plus_the_endpoints():
+    n, one = 6, PairedLS(budget=40, holdout=0)
+    observations = observe(one.plan(n), games.class_entropy(n, 3), 0.3)
+    evidence = gather(observations, n)
+    rows, noise = evidence.rows, evidence.noise
+    found = one.estimate(observations, n)
+    first = [k for k in range(len(rows.v)) if rows.partner[k] > k]
+    second = [int(rows.partner[k]) for k in first]
+    assert 2 * len(first) == len(rows.v)
+    # Free parameters: n - 1 values (the last is what is left of the gain) and two odd columns.
+    x = (rows.Z[first] - rows.Z[second]) / 2
+    G = regression.size_columns(rows.s, n, ("cubic", "jump"))
+    D = np.hstack([x[:, :-1] - x[:, -1:], (G[first] - G[second]) / 2])
+    w = regression.row_weights(rows)[first] * 2
+    bread = np.linalg.inv(D.T @ (w[:, None] * D)) @ (D * w[:, None]).T
+    r = (rows.v[first] - rows.v[second]) / 2 - x[:, -1] * rows.delta
+    fitted = bread @ r
+    hat = (D @ bread).diagonal()
+    cov = (bread * ((r - D @ fitted) ** 2 / (1 - hat))) @ bread.T
+    by_delta = np.append(-(bread @ x[:, -1])[: n - 1], 0)
+    by_delta[-1] = 1 - by_delta[:-1].sum()
+    assert noise.empty.sd is not None
+    assert noise.full.sd is not None
+    ends = (noise.empty.sd**2 + noise.full.sd**2) / 4 * by_delta**2
+    take = np.zeros((n, D.shape[1]))
+    take[: n - 1, : n - 1] = np.eye(n - 1)
+    take[-1, : n - 1] = -1
+    se = np.sqrt((take @ cov @ take.T).diagonal() + ends)
+    phi = take @ fitted + np.append(np.zeros(n - 1), rows.delta)
+    np.testing.assert_allclose(found.values, phi, atol=1e-9)
+    np.testing.assert_allclose(found.se, se, rtol=1e-7)
+    assert found.low is not None
+    reach = student.ppf(0.975, len(first) - (n - 1) - 2)
+    np.testing.assert_allclose(found.low, phi - reach * se, atol=1e-8)
+
+
+# ------------------------------------------------------------------ intervals, noise, checks
+
+
+@pytest.mark.parametrize(
+    ("pairs", "given", "reliable"), [(20, False, False), (30, True, False), (50, True, True)]
+)
+def test_intervals_need_evidence(pairs, given, reliable):
+    one = PairedLS(budget=2 * pairs, holdout=0)
+    found = one.estimate(observe(one.plan(20), games.coverage(20), 0.05), 20)
+    assert found.interval.pairs == pairs
+    assert found.interval.reliable is reliable
+    assert all((column is not None) is given for column in (found.se, found.low, found.high))
+
+
+def test_the_interval_is_that_of_paired_least_squares_for_ridge_too():
+    ls, ridge = PairedLS(budget=120), Ridge(budget=120)
+    observations = observe(ls.plan(20), games.coverage(20), 0.05)
+    a, b = ls.estimate(observations, 20), ridge.estimate(observations, 20)
+    assert (a.low, a.high, a.se, a.ls_values) == (b.low, b.high, b.se, b.ls_values)
+    assert a.values == a.ls_values != b.values
+    assert b.shrinkage_slope is not None
+    assert 0 < b.shrinkage_slope < 1
+
+
+def test_endpoint_noise_widens_the_interval():
+    one = PairedLS(budget=120, holdout=0)
+    calm = observe(one.plan(12), games.linear(12), 0.0)
+    loud = [
+        replace(o, value=o.value + (-1) ** o.replicate) if o.role == "grand" else o for o in calm
+    ]
+    a, b = one.estimate(calm, 12), one.estimate(loud, 12)
+    assert a.se is not None
+    assert b.se is not None
+    sd = math.sqrt(4 / 3)  # of +1, -1, +1, -1
+    np.testing.assert_allclose(b.se, sd / 2 / 12, rtol=1e-6)
+    assert max(a.se) < 1e-9
+
+
+def test_noise_is_measured_apart():
+    one = Ridge(budget=4 * 14, endpoint_replicates=60)
+    found = one.estimate(observe(one.plan(4), games.linear(4), 0.5), 4)
+    noise = found.to_json("abcd", [1] * 4, [""] * 4)["noise"]
+    assert noise["empty"]["replicates"] == noise["grand"]["replicates"] == 60
+    assert noise["empty"]["sd"] == pytest.approx(0.5, rel=0.3)
+    assert noise["repeats"] == {
+        "sd": pytest.approx(0.5, rel=0.3),
+        "df": 3 * 14,
+        "coalitions": 14,
+    }
+
+
+def test_repeats_are_averaged_by_weight():
+    good = table([0.0, 1.0, 1.0, 4.0], 2)
+    more = [*good, replace(good[1], value=5.0, replicate=1, weight=3.0)]
+    rows = gather(more, 2).rows
+    np.testing.assert_allclose(rows.v, [4.0, 1.0])
+    np.testing.assert_allclose(rows.count, [4, 1])
+
+
+def test_without_repeats_exact_has_no_interval():
+    found = Exact().estimate(table(np.arange(8.0), 3), 3)
+    assert found.se is found.low is None
+    assert not found.interval.reliable
+
+
+def test_exact_interval_holds_the_noise_of_the_measurements():
+    game, inside = games.mean_quality(4), []
+    for seed in range(100):
+        one = Exact(endpoint_replicates=6)
+        found = one.estimate(observe(one.plan(4), game, 0.2, seed), 4)
+        assert found.low is not None
+        assert found.high is not None
+        inside.append(
+            [a < x < b for a, x, b in zip(found.low, game.shapley(), found.high, strict=True)]
+        )
+    assert 0.9 < np.mean(inside) < 0.99
+
+
+def test_pure_noise_collapses_to_the_equal_split():
+    collapsed = 0
+    for seed in range(10):
+        one = Ridge(budget=60, seed=seed)
+        nothing = games.Game("nothing", 20, lambda Z: Z.sum(1) / 20, lambda: np.full(20, 0.05))
+        found = one.estimate(observe(one.plan(20), nothing, 1.0, seed), 20)
+        if found.collapsed:
+            collapsed += 1
+            assert found.lam is None
+            assert found.shrinkage_slope == 0
+            np.testing.assert_allclose(found.values, (found.v_full - found.v_empty) / 20)
+            assert len(set(found.values)) == 1
+    assert collapsed >= 3
+
+
+@pytest.mark.parametrize("k", [3, 4, 5, 7, 12, 24])
+def test_chance_level_of_spearman(k):
+    rng = np.random.default_rng(0)
+    x = np.arange(k) - (k - 1) / 2
+    rho = np.abs([rng.permutation(k) @ x for _ in range(20_000)]) / (x @ x)
+    assert np.mean(rho <= chance95(k) + 1e-9) >= 0.945
+    assert np.mean(rho < chance95(k) - 1e-9) <= 0.955
+
+
+def test_spearman_agrees_with_scipy_and_knows_constants():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 30).astype(float), rng.normal(size=30)
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman(np.ones(5), np.arange(5.0)) is None
+
+
+def test_fewer_than_three_held_out_say_nothing():
+    one = Ridge(budget=60, holdout=2)
+    assert one.estimate(observe(one.plan(10), games.coverage(10)), 10).holdout is None
+
+
+def test_to_json_has_every_key_and_no_share_where_signs_differ():
+    one = Ridge(budget=60)
+    ids = [f"c{i}" for i in range(10)]
+    body = one.estimate(observe(one.plan(10), games.mean_quality(10, 1)), 10).to_json(
+        ids, [5] * 10, ["d"] * 10, planned=80, failed=1
+    )
+    assert json.loads(json.dumps(body, allow_nan=False)) == body
+    assert list(body["contributors"][0]) == [
+        "id", "value", "ls_value", "se", "low", "high", "share", "images", "digest",
+    ]  # fmt: skip
+    assert body["coalitions"] == {"planned": 80, "used": 80, "failed": 1}
+    assert {c["share"] for c in body["contributors"]} == {None}
+    found = one.estimate(observe(one.plan(10), games.log_total(10, 1)), 10)
+    assert found.shares is not None
+    assert sum(found.shares) == pytest.approx(1)
+    loud = replace(found, delta_se=found.v_full)
+    assert loud.shares is None
+
+
+@pytest.mark.parametrize("n", [3, 8, 9, 64, 258])
+def test_indicators_of_masks_of_any_length(n):
+    masks = [e.coalition.mask for e in Ridge(budget=20).plan(n)]
+    np.testing.assert_array_equal(indicators(masks, n), games.indicators(masks, n))
+
+
+def test_torch_is_not_imported():
+    code = "import sys, attr_batch.estimators, attr_batch.table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------ worth
+
+
+@pytest.mark.parametrize("sd", [0.1, 0.25])
+@pytest.mark.parametrize("family", [games.log_total, games.coverage, games.class_entropy])
+def test_the_default_halves_the_error_of_the_reference(family, sd):
+    errors = {Reference: [], Ridge: []}
+    for seed, kind in itertools.product(range(3), errors):
+        game = family(20, seed) if family is not games.class_entropy else family(12, seed)
+        one = kind(budget=5 * game.n, seed=seed, holdout=0)
+        found = one.estimate(observe(one.plan(game.n), game, sd * game.sd(300), seed), game.n)
+        errors[kind].append(error(found.values, game.shapley()))
+    assert np.mean(errors[Ridge]) < 0.5 * np.mean(errors[Reference])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", games.FAMILIES)
+def test_intervals_cover(family):
+    inside = []
+    for seed in range(60):
+        game = family(20 if family is not games.class_entropy else 12, seed % 3)
+        one = PairedLS(budget=5 * game.n, seed=seed, holdout=0)
+        found = one.estimate(observe(one.plan(game.n), game, 0.25 * game.sd(300), seed), game.n)
+        assert found.low is not None
+        assert found.high is not None
+        inside += [a < x < b for a, x, b in zip(found.low, game.shapley(), found.high, strict=True)]
+    assert 0.9 < np.mean(inside) < 0.985
