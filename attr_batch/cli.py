@@ -296,7 +296,7 @@ def _estimator(kind: str, **given: Any) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "union_tag_invalid":
-            wanted = first["ctx"]["expected_tags"]
+            wanted = first.get("ctx", {}).get("expected_tags")
             raise SpecError(f"got {kind!r}, wanted one of {wanted}", "--estimator") from None
         option = f"--{first['loc'][-1]}"
         if first["type"] == "extra_forbidden":
@@ -320,11 +320,12 @@ def _design(arguments: argparse.Namespace) -> None:
 
 
 def _attribute(arguments: argparse.Namespace) -> None:
-    from attr_batch.results import attribute, attribute_text
+    from attr_batch.report import table
+    from attr_batch.results import attribute
 
     estimator = _estimator(arguments.estimator, confidence=arguments.confidence)
     found = attribute(arguments.values, estimator, arguments.semivalue, arguments.players)
-    _print_json(found) if arguments.json else print(attribute_text(found))
+    _print_json(found) if arguments.json else print(table(found))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -197,6 +197,17 @@ class Job:
         bases = [("bases", self.dense_id), ("bases", self.pruned_id)]
         return bases + [("properties", thing_id) for thing_id in self.instruments]
 
+    @property
+    def thing_phases(self) -> list[str]:
+        """What making each of `things` is called in the accounts."""
+        return ["trained model", "pruned model", *["instruments"] * len(self.instruments)]
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of one shard: as the spec says, else the cores, or 1 on a GPU."""
+        default = 1 if self.numerics["device"] == "cuda" else len(os.sched_getaffinity(0))
+        return self.spec.resources.workers or default
+
     def instrument_id(self, prop: Property) -> str:
         """Return the id of what `prop` needs fitted; '' if it needs nothing."""
         instrument = prop.instrument()
@@ -217,13 +228,21 @@ class Job:
 
     def property_digest(self, prop: Property) -> str:
         """Return the digest that names a property's value files."""
-        return digest(
-            {
-                "recipe_version": RECIPE_VERSION,
-                "property": prop.recipe(),
-                "instrument": self.instrument_id(prop),
-            }
-        )
+        return self._property_digests[prop.name]
+
+    @cached_property
+    def _property_digests(self) -> dict[str, str]:
+        """Taken once: the source of a user's own property may change while the job runs."""
+        return {
+            prop.name: digest(
+                {
+                    "recipe_version": RECIPE_VERSION,
+                    "property": prop.recipe(),
+                    "instrument": self.instrument_id(prop),
+                }
+            )
+            for prop in self.spec.properties
+        }
 
     @property
     def sampling_seed(self) -> int:
@@ -275,13 +294,11 @@ class Job:
         """Models that show what pruning and v(all) mean; they are the paper's own endpoints."""
         everyone, nobody = Coalition.grand(n), Coalition.empty(n)
         yield self._evaluation(
-            Entry("reference", 0, everyone, "trained", None, 0, 0, None), "trained"
+            Entry("reference", 0, everyone, "grand", None, 0, 0, None), "trained"
         )
+        yield self._evaluation(Entry("reference", 1, everyone, "grand", None, 0, 0, None), "pruned")
         yield self._evaluation(
-            Entry("reference", 1, everyone, "pruned", None, 0, 0, None), "pruned"
-        )
-        yield self._evaluation(
-            Entry("reference", 2, nobody, "untrained", None, 0, 0, None), "untrained"
+            Entry("reference", 2, nobody, "empty", None, 0, 0, None), "untrained"
         )
 
     def _evaluation(self, entry: Entry, subject: Subject = "derived") -> Evaluation:

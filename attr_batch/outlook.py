@@ -6,11 +6,11 @@ Everything is derived from the files of the ledger at the moment of asking; noth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import median
 from typing import Any
 
 from attr_batch.errors import AttrBatchError
 from attr_batch.job import Evaluation, Job
+from attr_batch.results import Facts, attributions
 
 # Which sections of the resolved spec each kind of thing depends on.
 _MODEL = ("recipe_version", "numerics", "seed", "data", "model")
@@ -27,11 +27,12 @@ DEPENDS = {
 def status(job: Job) -> dict[str, Any]:
     """Return counts by state, what runs now, what failed, seconds spent and expected."""
     rows = [(e, state(job, e)) for e in job.plan]
-    counts = dict.fromkeys(("done", "running", "failed", "waiting"), 0)
+    counts: dict[str, int] = dict.fromkeys(("done", "running", "failed", "waiting"), 0)
     for _, name in rows:
         counts[name] += 1
     left = sum(counts[name] for name in ("running", "failed", "waiting"))
-    per_evaluation = seconds_per_evaluation(job)
+    facts = Facts(job)
+    per_evaluation = facts.seconds_per_evaluation
     return {
         "name": job.spec.name,
         "spec_digest": job.spec_digest,
@@ -41,11 +42,9 @@ def status(job: Job) -> dict[str, Any]:
         "evaluations": {"planned": len(rows), **counts},
         "running": list(_running(job)),
         "failed": [_failure(job, e) for e, name in rows if name == "failed"],
-        "seconds_spent": sum(seconds_spent(job).values()),
+        "seconds_spent": sum(facts.seconds_spent().values()),
         "seconds_per_evaluation": per_evaluation,
-        "seconds_expected": None
-        if per_evaluation is None
-        else left * per_evaluation / _workers(job),
+        "seconds_expected": None if per_evaluation is None else left * per_evaluation / job.workers,
     }
 
 
@@ -81,56 +80,6 @@ def _thing(job: Job, thing_id: str) -> dict[str, Any]:
     return {"id": thing_id, "made": job.ledger.thing("bases", thing_id) is not None}
 
 
-def _workers(job: Job) -> int:
-    from attr_batch.runner import worker_count
-
-    return worker_count(job)
-
-
-# -- seconds --------------------------------------------------------------------------------------
-
-
-def derivations(job: Job) -> Iterator[dict[str, Any]]:
-    """Yield how the samples of each evaluation that has some came to be."""
-    seen: set[str] = set()
-    for evaluation in map(job.settled, job.plan):
-        if evaluation.key not in seen:
-            seen.add(evaluation.key)
-            fact = job.ledger.fact(job.ledger.derivation_name(evaluation.key))
-            if fact is not None:
-                yield fact
-
-
-def seconds_spent(job: Job) -> dict[str, float]:
-    """Return worker seconds by phase, of all work that the job's results rest on."""
-    spent: dict[str, float] = {"trained model": 0.0, "pruned model": 0.0, "instruments": 0.0}
-    things = [("bases", job.dense_id, "trained model"), ("bases", job.pruned_id, "pruned model")]
-    things += [("properties", thing_id, "instruments") for thing_id in job.instruments]
-    for family, thing_id, phase in things:
-        if job.ledger.thing(family, thing_id) is not None:
-            manifest = job.ledger.fact(f"{family}/{thing_id}/manifest.json") or {}
-            spent[phase] += manifest.get("seconds", 0.0)
-    spent |= {"finetune": 0.0, "sample": 0.0, "measure": 0.0}
-    for fact in derivations(job):
-        for phase, seconds in fact["seconds"].items():
-            spent[phase] += seconds
-    for evaluation in map(job.settled, job.plan):
-        for prop in job.spec.properties:
-            value = job.ledger.value(evaluation.key, prop.name, job.property_digest(prop))
-            spent["measure"] += value["seconds"] if value else 0.0
-    return spent
-
-
-def seconds_per_evaluation(job: Job) -> float | None:
-    """Return the median worker seconds of a coalition's model and samples, None if unknown."""
-    seconds = [
-        sum(fact["seconds"].values())
-        for fact in derivations(job)
-        if fact["recipe"]["subject"] == "derived" and fact["recipe"]["members"]
-    ]
-    return median(seconds) if seconds else None
-
-
 # -- what is new, and why -------------------------------------------------------------------------
 
 
@@ -147,7 +96,7 @@ def plan(job: Job) -> dict[str, Any]:
             for thing_id, instrument in job.instruments.items()
         },
     }
-    per_evaluation = seconds_per_evaluation(job)
+    per_evaluation = Facts(job).seconds_per_evaluation
     new = len(missing) - len(kept)
     return {
         "name": job.spec.name,
@@ -173,9 +122,7 @@ def plan(job: Job) -> dict[str, Any]:
         "things": things,
         "new_because": reasons(job) if missing or not all(things.values()) else None,
         "seconds_per_evaluation": per_evaluation,
-        "seconds_expected": None
-        if per_evaluation is None
-        else new * per_evaluation / _workers(job),
+        "seconds_expected": None if per_evaluation is None else new * per_evaluation / job.workers,
         "bytes_expected": new * _bytes_per_evaluation(job),
         "half_width": _predicted_half_width(job),
     }
@@ -196,8 +143,6 @@ def _bytes_per_evaluation(job: Job) -> int:
 
 def _predicted_half_width(job: Job) -> dict[str, Any] | None:
     """Predict the headline's mean half-width at the planned budget from what is done so far."""
-    from attr_batch.results import attributions
-
     try:
         found = attributions(job, provisional=True)[0]
     except AttrBatchError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -31,21 +31,21 @@ class Part(BaseModel):
 
     def recipe(self) -> dict[str, Any]:
         """Return the JSON-able content that may change a number."""
-        return _recipe(self)
-
-
-def _recipe(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        fields: dict[str, FieldInfo] = type(value).model_fields
+        fields: dict[str, FieldInfo] = type(self).model_fields
         return {
-            name: _recipe(getattr(value, name))
+            name: _recipe(getattr(self, name))
             for name, field in fields.items()
             if LOCATION not in field.metadata
         }
+
+
+def _recipe(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.recipe()
     if isinstance(value, tuple | list):
-        return [_recipe(item) for item in value]
+        return [_recipe(item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
-        return {key: _recipe(item) for key, item in value.items()}
+        return {key: _recipe(item) for key, item in cast("dict[str, Any]", value).items()}
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(value)

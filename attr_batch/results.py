@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from attr_batch import __version__, outlook, report
+from attr_batch import __version__, report
 from attr_batch.errors import IncompleteDesign, LedgerConflict
 from attr_batch.estimators import Attribution, Observation
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
-from attr_batch.job import Evaluation, Job
+from attr_batch.job import Evaluation, Job, Subject
 from attr_batch.ledger import REPAIR_HINT
 from attr_batch.log import say, warn
 from attr_batch.properties import Property
@@ -27,7 +28,20 @@ from attr_batch.recipe import RECIPE_VERSION, canonical, digest
 
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
 SHOWN_COALITIONS = 4
-ENDPOINTS = {"derived": ("empty", "grand"), "paper": ("untrained", "trained")}
+PHASES: tuple[str, ...] = (
+    "trained model",
+    "pruned model",
+    "instruments",
+    "finetune",
+    "sample",
+    "measure",
+)
+CAPTIONS = {
+    "trained": "Trained on all data, unpruned",
+    "pruned": "Pruned and recovered, before any coalition",
+    "untrained": "Untrained network",
+}
+ROLES: Any = {"endpoint": "endpoint", "design": "design", "holdout": "holdout"}
 
 
 class Facts:
@@ -58,6 +72,30 @@ class Facts:
                 found[run.key] = fact
         return found
 
+    def seconds_spent(self) -> dict[str, float]:
+        """Return worker seconds by phase, of all work that the job's results rest on."""
+        job = self.job
+        spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        for (family, thing_id), phase in zip(job.things, job.thing_phases, strict=True):
+            if job.ledger.thing(family, thing_id) is not None:
+                manifest = job.ledger.fact(f"{family}/{thing_id}/manifest.json") or {}
+                spent[phase] += manifest.get("seconds", 0.0)
+        for fact in self.derivations.values():
+            for phase, seconds in fact["seconds"].items():
+                spent[phase] += seconds
+        spent["measure"] += sum(fact["seconds"] for fact in self.values.values())
+        return spent
+
+    @property
+    def seconds_per_evaluation(self) -> float | None:
+        """Median worker seconds of a coalition's model and samples, None if unknown."""
+        seconds = [
+            sum(fact["seconds"].values())
+            for fact in self.derivations.values()
+            if fact["recipe"]["subject"] == "derived" and fact["recipe"]["members"]
+        ]
+        return median(seconds) if seconds else None
+
     def missing(self) -> list[Evaluation]:
         """Evaluations of the estimator's plan without all their values."""
         names = [prop.name for prop in self.job.spec.properties]
@@ -69,23 +107,24 @@ class Facts:
 
     def observations(self, prop: Property) -> list[Observation]:
         """Return what the estimator reads: endpoints as the spec says, design, holdout."""
-        empty, grand = ENDPOINTS[self.job.spec.endpoints]
-        roles = {empty: "empty", grand: "grand", "design": "design", "holdout": "holdout"}
+        paper = self.job.spec.endpoints == "paper"
+        ends = ("trained", "untrained") if paper else ("derived",)
         found = []
         for planned, run in self.rows:
-            role = roles.get(planned.entry.role)
-            fact = self.values.get((run.key, prop.name))
-            if role is not None and fact is not None:
-                entry = run.entry
-                value = fact["value"]
-                observation = Observation(entry.coalition, value, role, entry.pair, entry.replicate)
-                found.append(observation)
+            entry, fact = run.entry, self.values.get((run.key, prop.name))
+            end = entry.role in ("empty", "grand")
+            if fact is not None and planned.subject in (ends if end else ("derived",)):
+                found.append(
+                    Observation(
+                        entry.coalition, fact["value"], entry.role, entry.pair, entry.replicate
+                    )
+                )
         return found
 
-    def reference(self, prop: Property, role: str) -> float | None:
+    def reference(self, prop: Property, subject: Subject) -> float | None:
         """Return the property of the trained, pruned or untrained model."""
         for planned, run in self.rows:
-            if planned.entry.role == role:
+            if planned.subject == subject:
                 fact = self.values.get((run.key, prop.name))
                 return None if fact is None else fact["value"]
         return None
@@ -185,7 +224,7 @@ def publish(
     elif not store.publish(name, data):
         attribution = _agree(job, name, attribution, data)
     cost = _cost(facts, wall_seconds)
-    proof = evidence(facts, attribution, provisional)
+    proof = evidence(facts, attribution)
     store.replace(f"{folder}/cost.json", canonical(cost))
     store.replace(f"{folder}/evidence.json", canonical(proof))
     store.replace(f"{folder}/index.html", report.page(attribution, proof, cost).encode())
@@ -226,14 +265,14 @@ def _close(a: Any, b: Any) -> bool:
 # -- evidence and cost ----------------------------------------------------------------------------
 
 
-def evidence(facts: Facts, attribution: dict[str, Any], provisional: bool) -> Evidence:
+def evidence(facts: Facts, attribution: dict[str, Any]) -> Evidence:
     """Return what a reader needs to judge the values."""
     job = facts.job
     spec = job.spec
     steps = getattr(spec.counterfactual, "steps", None)
     return {
         "job": spec.name,
-        "provisional": provisional,
+        "provisional": len(facts.missing()) > spec.estimator.max_failed,
         "counterfactual": spec.counterfactual.kind + (f", {steps} steps" if steps else ""),
         "base": job.dense_id,
         "properties": {
@@ -269,18 +308,18 @@ def _utilities(facts: Facts, prop: Property, found: dict[str, Any]) -> Iterator[
         entry = run.entry
         if planned.subject != "derived" or fact is None:
             continue
-        role = "endpoint" if entry.sequence == "endpoint" else entry.role
+        held = entry.sequence == "holdout"
         predicted = found["v_empty"] + sum(worth[i] for i in entry.coalition.members)
         yield {
             "coalition": str(entry.coalition),
             "members": [c.id for c in roster.members(entry.coalition)],
             "size": entry.coalition.size,
-            "role": role,
+            "role": ROLES[entry.sequence],
             "pair": entry.pair,
             "replicate": entry.replicate,
             "value": fact["value"],
             "stderr": fact["stderr"],
-            "predicted": predicted if role == "holdout" else None,
+            "predicted": predicted if held else None,
         }
 
 
@@ -308,19 +347,12 @@ def _grids(facts: Facts) -> Iterator[Grid]:
 
 
 def _caption(evaluation: Evaluation) -> str:
-    match evaluation.entry.role:
-        case "trained":
-            return "Trained on all data, unpruned"
-        case "pruned":
-            return "Pruned and recovered, before any coalition"
-        case "untrained":
-            return "Untrained network"
-        case "empty":
-            return "Empty coalition"
-        case "grand":
-            return "All contributors, same procedure as the coalitions"
-        case _:
-            return f"Coalition of {evaluation.entry.coalition.size}"
+    if evaluation.subject != "derived":
+        return CAPTIONS[evaluation.subject]
+    size, n = evaluation.entry.coalition.size, evaluation.entry.coalition.n
+    if size == 0:
+        return "Empty coalition"
+    return f"Coalition of {size}" if size < n else "All contributors, by the same procedure"
 
 
 def _pruning(job: Job) -> Any:
@@ -384,12 +416,12 @@ def _provenance(facts: Facts) -> dict[str, str]:
 
 
 def _cost(facts: Facts, wall_seconds: float | None) -> Cost:
-    spent = outlook.seconds_spent(facts.job)
+    spent = facts.seconds_spent()
     return {
         "seconds": {phase: round(seconds, 3) for phase, seconds in spent.items()},
         "evaluated": len(facts.derivations),
         "reused": len(facts.rows) - len(facts.missing()) - len(facts.derivations),
-        "median_seconds_per_coalition": outlook.seconds_per_evaluation(facts.job),
+        "median_seconds_per_coalition": facts.seconds_per_evaluation,
         "wall_seconds": wall_seconds,
         "machines": sorted({d["provenance"]["processor"] for d in facts.derivations.values()}),
     }
@@ -469,8 +501,8 @@ class Mirror:
 
     def end(self, status: Any, attribution: dict[str, Any] | None = None) -> None:
         """Bring the mirror up to date and give the parent run its final status."""
-        if self._mirror is not None and self._mirror.sync(snapshot(self.job, attribution)):
-            self._mirror.end(status)
+        if self._mirror is not None:
+            self._mirror.end(status, snapshot(self.job, attribution))
 
 
 def sync(job: Job) -> None:
@@ -501,7 +533,7 @@ def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
             children[run.key] = Child(
                 key=run.key,
                 coalition=str(run.entry.coalition),
-                role=planned.entry.role,
+                role=planned.entry.role if planned.subject == "derived" else planned.subject,
                 pair=run.entry.pair,
                 replicate=run.entry.replicate,
                 metrics=metrics,
@@ -514,9 +546,13 @@ def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
         roster=job.card.roster.ids,
         digests={job.spec.data.kind: digest(job.card.recipe())},
         children=list(children.values()),
-        progress={"done": len(children), "planned": len(job.plan)},
+        progress={
+            "done": len(children),
+            "planned": len(job.plan),
+            "failed": sum(job.ledger.failure(e.key) is not None for e in facts.missing()),
+        },
         attribution=attribution,
-        evidence=None if attribution is None else evidence(facts, attribution, provisional=False),
+        evidence=None if attribution is None else evidence(facts, attribution),
         cost=None if attribution is None else _cost(facts, None),
     )
 

@@ -413,18 +413,12 @@ def _worker_process(
 # -- the parent -----------------------------------------------------------------------------------
 
 
-def worker_count(job: Job) -> int:
-    """Return how many worker processes the spec asks for: by default the cores, or 1 on a GPU."""
-    default = 1 if job.numerics["device"] == "cuda" else len(os.sched_getaffinity(0))
-    return job.spec.resources.workers or default
-
-
 class Crew:
     """The worker processes of one shard, seen from their parent."""
 
     def __init__(self, job: Job, shard: int, shards: int) -> None:
         self.job, self.session = job, secrets.token_hex(8)
-        workers = worker_count(job)
+        workers = job.workers
         context = multiprocessing.get_context("spawn")
         if job.numerics["device"] == "cpu":
             for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -42,7 +42,7 @@ class Sampling(Part):
 
     solver: Solver = "dpmpp"
     steps: PositiveInt = Field(default=12, le=1000)
-    images: PositiveInt = 512
+    images: int = Field(default=512, ge=2, description="More take longer and measure better.")
     batch: PositiveInt = 256
     clip: PositiveFloat | None = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,13 +35,17 @@ class Tracking(Part):
     """Where MLflow mirrors the job, and what it may know of the contributors."""
 
     enabled: bool = True
-    uri: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the store.")
-    experiment: str = Field("attr-batch", min_length=1, max_length=200)
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; default: SQLite in the store."
+    )
+    experiment: str = Field(default="attr-batch", min_length=1, max_length=200)
     contributors: Literal["pseudonyms", "names"] = Field(
-        "pseudonyms", description="pseudonyms: keyed hashes stand for ids in all that is sent."
+        default="pseudonyms",
+        description="pseudonyms: keyed hashes stand for ids in all that is sent.",
     )
     key_env: str | None = Field(
-        None, description="Environment variable with the key; default: a secret file in the store."
+        default=None,
+        description="Environment variable with the key; default: a secret file in the store.",
     )
 
 
@@ -48,11 +53,18 @@ class Resources(Part):
     """What the job may use. Nothing here changes a number, but for the device (numerics class)."""
 
     workers: int | None = Field(
-        None, ge=1, le=256, description="Worker processes; default: the cores, or 1 on a GPU."
+        default=None,
+        ge=1,
+        le=256,
+        description="Worker processes; default: the cores, or 1 on a GPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda if there is one"
+    )
     base_wait: float = Field(
-        3600.0, gt=0, description="Seconds another shard waits for the base before it exits 75."
+        default=3600.0,
+        gt=0,
+        description="Seconds another shard waits for the base before it exits 75.",
     )
 
 
@@ -61,9 +73,11 @@ class JobSpec(Part):
 
     name: str = Field(min_length=1, max_length=200, description="Shown in report and MLflow.")
     store: Annotated[str, LOCATION] = Field(
-        "attr-batch-store", min_length=1, description="Folder of results, relative to the shell's."
+        default="attr-batch-store",
+        min_length=1,
+        description="Folder of results, relative to the shell's.",
     )
-    seed: int = Field(0, ge=0, lt=1 << 53, description="Seed of training and sampling.")
+    seed: int = Field(default=0, ge=0, lt=1 << 53, description="Seed of training and sampling.")
     data: Data
     model: Model
     pruning: Pruning
@@ -73,7 +87,7 @@ class JobSpec(Part):
         min_length=1, max_length=64, description="Measured on every coalition; the headline first."
     )
     endpoints: Literal["derived", "paper"] = Field(
-        "derived",
+        default="derived",
         description="v(all) and v(none): under the same counterfactual as the coalitions, or the "
         "unpruned trained and untrained model as published.",
     )
@@ -157,7 +171,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    yaml.resolver.re.compile(
+    re.compile(
         r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?"
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),

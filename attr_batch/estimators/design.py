@@ -48,7 +48,7 @@ class Entry:
     chance); None where nothing was drawn by chance.
     """
 
-    sequence: Literal["endpoint", "design", "holdout"]
+    sequence: Literal["endpoint", "design", "holdout", "reference"]
     index: int
     coalition: Coalition
     role: Role
