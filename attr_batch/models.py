@@ -362,7 +362,8 @@ def _build(config: dict[str, Any], seed: int) -> UNet2DModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel.from_config(config).eval()
+        module: Any = UNet2DModel.from_config(config)
+        return module.eval()
 
 
 def reinitialise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

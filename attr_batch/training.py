@@ -140,7 +140,7 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, betas=training.betas, weight_decay=training.weight_decay, fused=True
     )
-    data = torch.from_numpy(images).to(device)
+    data = torch.tensor(images, device=device)  # copies: the caller may hold a read-only view
     slots = torch.arange(training.batch, device=device)
     noise_seed = derive_seed("noise", seed)
     shape = (training.batch, *images.shape[1:])

@@ -155,6 +155,12 @@ def test_same_seed_same_bits_and_the_seed_matters():
     assert run()[1] != run(seed=4)[1]
 
 
+def test_read_only_images_are_fine():
+    frozen = IMAGES.copy()
+    frozen.flags.writeable = False
+    assert run(images=frozen) == run()
+
+
 def test_loss_shown_is_the_mean_of_the_steps_seen():
     one, _ = run(SHORT.model_copy(update={"steps": 1, "warmup": 0}))
     model = TINY.build(1, 4, seed=0)
