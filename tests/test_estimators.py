@@ -31,6 +31,7 @@ from attr_batch.estimators import (
     regression,
 )
 from attr_batch.estimators.attribution import chance95, gather, indicators, spearman
+from attr_batch.estimators.ridge import FADING, fading_shapley, ridge
 
 SAMPLED = (Reference, PairedLS, Ridge)
 
@@ -407,33 +408,66 @@ def test_reference_is_equation_5(n):
     np.testing.assert_allclose(one.estimate(observations, n).values, beta, atol=1e-8)
 
 
-def reml_rows():
-    one = Ridge(budget=60, holdout=0)
-    return gather(observe(one.plan(10), games.class_entropy(10, 3), 0.3), 10).rows
-
-
-def test_ridge_maximises_the_restricted_likelihood():
-    rows = reml_rows()
-    fit = regression.ridge(rows)
+@pytest.mark.parametrize(
+    ("family", "seed", "fades"), [(games.linear, 2, False), (games.mean_quality, 1, True)]
+)
+def test_ridge_maximises_the_restricted_likelihood(family, seed, fades):
+    n, one = 10, Ridge(budget=60, holdout=0, seed=1)
+    game = family(n, seed)
+    rows = gather(observe(one.plan(n), game, 0.3 * game.sd(500)), n).rows
+    fit = ridge(rows)
     assert fit.lam is not None
+    assert (fit.fading is not None) is fades
     W = np.diag(1 / regression.row_weights(rows))
-    t = rows.s / rows.n
+    t = rows.s / n
     X, y = rows.Z - t[:, None], rows.v - rows.v_empty - t * rows.delta
-    G = regression.size_columns(rows.s, rows.n, fit.columns)
+    kinds = [(1 - fit.share, np.ones(len(y)), 1.0)]  # prior variance, f(s), worth to phi
+    if fit.fading is not None:
+        f = FADING[fit.fading]
+        size = np.diag(W) ** -1 * (X * X).sum(1)
+        scale = size.sum() / (size * f(rows.s) ** 2).sum()
+        kinds.append((fit.share * scale, f(rows.s), fading_shapley(f, n)))
+    K = sum(var * np.outer(f, f) * (X @ X.T) for var, f, _ in kinds)
+    G = regression.size_columns(rows.s, n, fit.columns)
     m, q = G.shape
 
     def minus_two_log_reml(log_lam):
-        V = W + X @ X.T / np.exp(log_lam)
+        V = W + K / np.exp(log_lam)
         inner = G.T @ np.linalg.solve(V, G)
-        P = np.linalg.inv(V) @ (np.eye(m) - G @ np.linalg.solve(inner, G.T @ np.linalg.inv(V)))
-        return (m - q) * np.log(y @ P @ y) + np.linalg.slogdet(V)[1] + np.linalg.slogdet(inner)[1]
+        gamma = np.linalg.solve(inner, G.T @ np.linalg.solve(V, y))
+        scatter = (y - G @ gamma) @ np.linalg.solve(V, y - G @ gamma)
+        return (m - q) * np.log(scatter) + np.linalg.slogdet(V)[1] + np.linalg.slogdet(inner)[1]
 
     best = minimize_scalar(minus_two_log_reml, (-3, 3), options={"xtol": 1e-10})
     assert np.log(fit.lam) == pytest.approx(best.x, abs=1e-4)
-    V = W + X @ X.T / fit.lam
+    V = W + K / fit.lam
     gamma = np.linalg.solve(G.T @ np.linalg.solve(V, G), G.T @ np.linalg.solve(V, y))
-    theta = X.T @ np.linalg.solve(V, y - G @ gamma) / fit.lam
-    np.testing.assert_allclose(fit.phi, rows.delta / rows.n + theta, atol=1e-8)
+    dual = np.linalg.solve(V, y - G @ gamma) / fit.lam
+    phi = rows.delta / n + sum(var * worth * (X.T @ (f * dual)) for var, f, worth in kinds)
+    np.testing.assert_allclose(fit.phi, phi, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FADING)
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_the_values_of_a_fading_game(name, n):
+    f = FADING[name]
+    alpha = np.random.default_rng(n).normal(size=n)
+    alpha -= alpha.mean()
+
+    def value(Z):
+        return np.where(Z.any(1), (Z @ alpha) * f(np.maximum(Z.sum(1), 1)), 0.0)
+
+    np.testing.assert_allclose(
+        games.enumerate_shapley(value, n), fading_shapley(f, n) * alpha, atol=1e-12
+    )
+
+
+def test_many_contributors_do_not_collapse_where_there_is_a_signal():
+    game = games.mean_quality(100)
+    one = Ridge(budget=400, holdout=0)
+    found = one.estimate(observe(one.plan(100), game, 0.1 * game.sd(300)), 100)
+    assert not found.collapsed
+    assert spearmanr(found.values, game.shapley()).statistic > 0.85
 
 
 def test_variance_is_the_hc2_sandwich_plus_the_endpoints():

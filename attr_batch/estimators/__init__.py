@@ -16,6 +16,7 @@ from attr_batch.errors import IncompleteDesign, SpecError
 from attr_batch.estimators import design, regression
 from attr_batch.estimators.attribution import Attribution, Observation, attribute, gather
 from attr_batch.estimators.design import Entry, Role
+from attr_batch.estimators.ridge import ridge
 from attr_batch.recipe import Part
 
 __all__ = [
@@ -127,7 +128,7 @@ class Ridge(_Budgeted):
         if evidence.rows.complete:
             phi, _ = regression.exact(evidence.rows)
             return attribute(self.kind, evidence, self.confidence, phi, shrinkage_slope=1.0)
-        fit = regression.ridge(evidence.rows)
+        fit = ridge(evidence.rows)
         return attribute(
             self.kind,
             evidence,
@@ -136,6 +137,8 @@ class Ridge(_Budgeted):
             shrinkage_slope=fit.slope,
             lam=fit.lam,
             columns=fit.columns,
+            fading=fit.fading,
+            fading_share=fit.share,
             collapsed=fit.lam is None,
         )
 

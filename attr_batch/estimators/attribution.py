@@ -124,6 +124,8 @@ class Attribution:
     shrinkage_slope: float | None = None
     lam: float | None = None
     columns: tuple[str, ...] = ()
+    fading: str | None = None
+    fading_share: float = 0.0
     collapsed: bool = False
 
     @property
@@ -195,6 +197,7 @@ class Attribution:
             "shrinkage_slope": self.shrinkage_slope,
             "lambda": self.lam,
             "columns": list(self.columns),
+            "fading": {"kind": self.fading, "share": self.fading_share},
             "collapsed": self.collapsed,
         }
 
@@ -279,6 +282,8 @@ def attribute(
     shrinkage_slope: float | None = None,
     lam: float | None = None,
     columns: tuple[str, ...] = (),
+    fading: str | None = None,
+    fading_share: float = 0.0,
     collapsed: bool = False,
 ) -> Attribution:
     """Add to the values phi (n,) the interval of paired least squares and the holdout check."""
@@ -304,6 +309,8 @@ def attribute(
         shrinkage_slope=shrinkage_slope,
         lam=lam,
         columns=columns,
+        fading=fading,
+        fading_share=fading_share,
         collapsed=collapsed,
     )
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +45,7 @@ BASES: tuple[tuple[str, ...], ...] = (
     ("quadratic", "cubic", "log", "jump", "inverse"),
 )
 LS_COLUMNS = ("quadratic", "cubic", "jump")
-_ROWS_PER_COLUMN = 4  # a basis is a candidate only with so many rows for each of its columns
+ROWS_PER_COLUMN = 4  # a basis is a candidate only with so many rows for each of its columns
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def paired_least_squares(rows: Rows) -> LeastSquares:
     r = odd(rows.v) - c_empty * rows.v_empty - c_full * rows.v_full
     root = np.sqrt(stack(half, w[single]))
     X = odd(rows.Z - t[:, None]) * root[:, None]
-    Q = _orthonormal(odd(size_columns(rows.s, n, LS_COLUMNS)) * root[:, None])
+    Q = orthonormal(odd(size_columns(rows.s, n, LS_COLUMNS)) * root[:, None])
 
     U, d, Vt = np.linalg.svd(X - Q @ (Q.T @ X), full_matrices=False)
     keep = d > 1e-9 * max(d.max(initial=0), 1e-300)
@@ -186,100 +185,6 @@ def paired_least_squares(rows: Rows) -> LeastSquares:
         by_full=share - L @ (root * c_full),
         df=df,
         residual=float(residual @ residual / df) if df > 0 else None,
-    )
-
-
-# ------------------------------------------------------------------ ridge
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """Values (n,) shrunk toward the equal split.
-
-    `slope` is the expected slope of estimate on truth, mean of d²/(d² + lambda) over the n - 1
-    directions; `lam` is None where it went to infinity (everyone gets the equal split).
-    """
-
-    phi: Array
-    lam: float | None
-    slope: float
-    columns: tuple[str, ...]
-
-
-def ridge(rows: Rows) -> Ridge:
-    """Fit r = g(s) gamma + X theta + e, theta ~ N(0, sigma²/lambda), e ~ N(0, sigma²/weight).
-
-    lambda maximises the restricted likelihood given a basis of size columns. Restricted
-    likelihoods of different fixed effects do not compare, so the basis of q columns minimises
-    -2 log full likelihood + q log m (to Laplace's order the marginal likelihood under a
-    unit-information prior of gamma).
-    """
-    root = np.sqrt(row_weights(rows))
-    t = rows.s / rows.n
-    X = (rows.Z - t[:, None]) * root[:, None]
-    y = (rows.v - rows.v_empty - t * rows.delta) * root
-    gram_spectrum = np.maximum(np.linalg.eigvalsh(X.T @ X), 0)
-    fits = []
-    for names in BASES:
-        if names and len(y) < _ROWS_PER_COLUMN * len(names):
-            continue
-        Q = _orthonormal(size_columns(rows.s, rows.n, names) * root[:, None])
-        fit = _restricted_fit(X - Q @ (Q.T @ X), y - Q @ (Q.T @ y), len(y) - Q.shape[1])
-        m, q = len(y), Q.shape[1]
-        full = m * np.log(fit.scatter) + np.log1p(gram_spectrum * fit.ratio).sum() + q * np.log(m)
-        fits.append((full, names, fit))
-    _, names, fit = min(fits, key=lambda candidate: candidate[0])
-    return Ridge(
-        phi=rows.delta / rows.n + fit.theta - fit.theta.mean(),
-        lam=1 / fit.ratio if fit.ratio else None,
-        slope=fit.kept / (rows.n - 1),
-        columns=names,
-    )
-
-
-@dataclass(frozen=True)
-class _Restricted:
-    theta: Array
-    ratio: float  # 1/lambda = var(theta)/var(e)
-    kept: float  # sum of the shrinkage factors
-    scatter: float  # quadratic form of the response in the inverse covariance
-
-
-def _restricted_fit(X: Array, y: Array, df: int) -> _Restricted:
-    """Maximise the restricted likelihood over lambda; X and y are free of the fixed effects."""
-    from scipy.optimize import brentq  # here, so that --help and status start fast
-
-    a, V = np.linalg.eigh(X.T @ X)
-    keep = a > 1e-10 * max(a[-1], 1e-300)
-    a, V = a[keep], V[:, keep]
-    c = (V.T @ (X.T @ y)) / np.sqrt(a)
-    rest = y - X @ (V @ (c / np.sqrt(a)))
-    rss = max(float(rest @ rest), 1e-26 * float(y @ y), 1e-300)
-
-    def shrink(x: float) -> tuple[Array, float]:
-        k = 1 / (1 + a * np.exp(x))
-        return k, rss + float(c * c @ k)
-
-    def minus_two_log(x: float) -> float:
-        k, scatter = shrink(x)
-        return df * np.log(scatter) - float(np.log(k).sum())
-
-    def score(x: float) -> float:
-        k, scatter = shrink(x)
-        return float((1 - k).sum()) - df * float((c * c * k) @ (1 - k)) / scatter
-
-    if not len(a):
-        return _Restricted(np.zeros(X.shape[1]), 0.0, 0.0, rss)
-    grid = -np.log(a.mean()) + np.linspace(-12, 30, 127)
-    best = int(np.argmin([minus_two_log(x) for x in grid]))
-    if best == 0:  # the likelihood wants lambda = infinity
-        return _Restricted(np.zeros(X.shape[1]), 0.0, 0.0, rss + float(c @ c))
-    x = grid[best]
-    if best + 1 < len(grid) and score(grid[best - 1]) < 0 < score(grid[best + 1]):
-        x = cast(float, brentq(score, grid[best - 1], grid[best + 1], xtol=1e-13))
-    k, scatter = shrink(x)
-    return _Restricted(
-        V @ ((1 - k) * c / np.sqrt(a)), float(np.exp(x)), float((1 - k).sum()), scatter
     )
 
 
@@ -304,14 +209,14 @@ def exact(rows: Rows) -> tuple[Array, Array]:
 def predict(rows: Rows, phi: Array, Z: Array) -> Array:
     """Return v(∅) + sum of the members' phi + a curve of the size, for memberships Z (k, n).
 
-    The curve is fitted to what phi leaves of the rows; its basis is chosen as in `ridge`.
+    The curve is fitted to what phi leaves of the rows, its basis chosen as the ridge's is.
     """
     root = np.sqrt(row_weights(rows))
     y = (rows.v - rows.v_empty - rows.Z @ phi) * root
     m = len(y)
     best, curve = np.inf, np.zeros(len(Z))
     for names in BASES:
-        if names and m < _ROWS_PER_COLUMN * len(names):
+        if names and m < ROWS_PER_COLUMN * len(names):
             continue
         G = size_columns(rows.s, rows.n, names) * root[:, None]
         gamma, *_ = np.linalg.lstsq(G, y, rcond=1e-9)
@@ -322,7 +227,7 @@ def predict(rows: Rows, phi: Array, Z: Array) -> Array:
     return rows.v_empty + Z @ phi + curve
 
 
-def _orthonormal(G: Array) -> Array:
+def orthonormal(G: Array) -> Array:
     """Return an orthonormal basis of the columns' span; columns that vanish or repeat drop out."""
     scale = np.sqrt((G * G).sum(0))
     G = G[:, scale > 1e-9] / scale[scale > 1e-9]
