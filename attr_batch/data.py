@@ -36,7 +36,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from attr_batch import log
 from attr_batch.coalition import Coalition, Contributor, Roster
 from attr_batch.errors import DataError, Problem
-from attr_batch.recipe import LOCATION, RECIPE_VERSION, Part, digest
+from attr_batch.recipe import RECIPE_VERSION, UNHASHED, Part, digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -227,7 +227,7 @@ class ImageFolder(_Chosen):
     """
 
     kind: Literal["image_folder"]
-    path: Annotated[str, LOCATION] = Field(
+    path: Annotated[str, UNHASHED] = Field(
         min_length=1, description="Folder, relative to the YAML."
     )
     contributor: str = Field(min_length=1, description="Column that names the contributor.")

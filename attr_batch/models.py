@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from attr_batch.errors import DataError, Problem
-from attr_batch.recipe import LOCATION, Part
+from attr_batch.recipe import UNHASHED, Part
 
 if TYPE_CHECKING:
     import torch
@@ -245,7 +245,7 @@ class DiffusersFolder(Part):
     """
 
     kind: Literal["diffusers"] = "diffusers"
-    path: Annotated[str, LOCATION] = Field(min_length=1)
+    path: Annotated[str, UNHASHED] = Field(min_length=1)
     size: PositiveInt | None = None
     channels: PositiveInt | None = None
     training: Training | None = None

@@ -35,7 +35,7 @@ from attr_batch.instruments import (
     LabelClassifier,
     PixelClusters,
 )
-from attr_batch.recipe import LOCATION, Part
+from attr_batch.recipe import UNHASHED, Part
 
 __all__ = [
     "Call",
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # Under this name a value file lies in the ledger; what it is called changes no number.
-FileName = Annotated[str, LOCATION, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+FileName = Annotated[str, UNHASHED, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from pydantic.fields import FieldInfo
 
 RECIPE_VERSION = 1
 
-# Put in a field's annotation (`Annotated[str, LOCATION]`): where something lies, not what it is.
-LOCATION = "location: not part of the recipe"
+# Put in a field's annotation (`Annotated[str, UNHASHED]`): a place or name that changes no number.
+UNHASHED = "not part of the recipe"
 
 
 class Part(BaseModel):
     """A frozen, validated piece of the job spec that owns its verb.
 
     Unknown keys are errors. `recipe()` is what enters a digest: every field, defaults included,
-    but for those annotated `LOCATION`.
+    but for those annotated `UNHASHED`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +35,7 @@ class Part(BaseModel):
         return {
             name: _recipe(getattr(self, name))
             for name, field in fields.items()
-            if LOCATION not in field.metadata
+            if UNHASHED not in field.metadata
         }
 
 

@@ -38,6 +38,7 @@ from attr_batch.spec import JobSpec
 
 POLL_SECONDS = 0.25
 GRID_IMAGES = 64
+FATAL = (64, 65, 73, 74)  # exit codes after which no other worker can do better
 
 
 def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
@@ -417,8 +418,10 @@ class Crew:
     """The worker processes of one shard, seen from their parent."""
 
     def __init__(self, job: Job, shard: int, shards: int) -> None:
-        self.job, self.session = job, secrets.token_hex(8)
-        workers = job.workers
+        self.session = secrets.token_hex(8)
+        made = all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
+        missing = sum(not job.done(evaluation) for evaluation in job.plan)
+        workers = min(job.workers, missing) if made else job.workers
         context = multiprocessing.get_context("spawn")
         if job.numerics["device"] == "cpu":
             for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -446,6 +449,11 @@ class Crew:
         """Whether a worker is still at work."""
         return any(process.is_alive() for process in self._processes)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether a worker met what stops all others too: bad data, a damaged or full store."""
+        return any(process.exitcode in FATAL for process in self._processes)
+
     def stop(self) -> None:
         """Ask every worker to write a checkpoint and end."""
         for process in self._processes:
@@ -453,52 +461,68 @@ class Crew:
                 process.terminate()
 
     def end(self) -> AttrBatchError | None:
-        """Wait for the workers; return the first error that one of them met."""
+        """Wait for the workers; return the gravest error that one of them met."""
         found: list[AttrBatchError] = []
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.join()
-            with contextlib.suppress(EOFError):
-                if pipe.poll():
+            if pipe.poll():
+                with contextlib.suppress(EOFError):
                     found.append(pipe.recv())
                     continue
             if process.exitcode:
                 code = process.exitcode
-                what = f"a worker was killed by signal {-code}" if code < 0 else f"exit code {code}"
-                found.append(AttrBatchError(what, "a worker process", "out of memory? run again"))
-        found.sort(key=lambda error: isinstance(error, Interrupted))
+                what = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+                hint = "out of memory? fewer resources.workers need less; then run again"
+                found.append(AttrBatchError(what, "a worker process", hint))
+        found.sort(key=lambda error: (isinstance(error, Interrupted), error.exit_code not in FATAL))
         return found[0] if found else None
 
 
-def evaluate(job: Job, shard: int, shards: int, on_poll: Callable[[], None]) -> None:
+def evaluate(
+    job: Job, shard: int, shards: int, stopped: list[int], on_poll: Callable[[], None]
+) -> None:
     """Do whatever this shard finds missing, showing progress; raise what went wrong.
 
-    `on_poll` is called a few times a second. SIGTERM and Ctrl-C become Interrupted.
+    `on_poll` is called a few times a second. The workers are stopped once `stopped` holds a signal.
     """
-    stopped: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: stopped.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
     crew = Crew(job, shard, shards)
-    progress = _Watch(job)
+    watch = _Watch(job)
     try:
         while crew.working:
             time.sleep(POLL_SECONDS)
-            if stopped:
+            if stopped or crew.hopeless:
                 crew.stop()
-            progress.show()
+            watch.show()
             on_poll()
-        progress.show()
+        watch.show()
     finally:
         crew.stop()
         error = crew.end()
-        progress.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        watch.close()
     if stopped:
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
-    if error is not None:
+    if error is not None and not complete(job):
         raise error
+    failed = [f for e in job.plan if (f := job.ledger.failure(e.key)) and not job.done(e)]
+    mine = [f for f in failed if f["session"] == crew.session]
+    if shards > 1 and len(mine) > job.spec.estimator.max_failed:
+        what = f"{len(mine)} evaluations of this shard failed, the first: {mine[0]['message']}"
+        raise NumericsError(what, mine[0]["about"], "run again: what failed is tried again")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C in the list given, instead of dying of them."""
+    caught: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Watch:
@@ -551,20 +575,22 @@ def run(
     started = time.monotonic()
     job.write_down()
     mirror = results.Mirror(job) if shard == 0 else None
-    try:
-        if not complete(job):
-            announce(job)
-            evaluate(job, shard, shards, mirror.follow if mirror else lambda: None)
-        if not complete(job) and not provisional and _others_at_work(job, shards):
-            say(f"shard {shard} of {shards} is done; others have work left")
-            return None
-        attribution = results.publish(job, provisional, wall_seconds=time.monotonic() - started)
-    except AttrBatchError as error:
-        if mirror is not None:
-            mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
-        raise
-    if mirror is not None:
-        mirror.end("FINISHED", attribution)
+    with _signals() as stopped:
+        try:
+            if not complete(job):
+                announce(job)
+                evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
+            if not complete(job) and not provisional and _others_at_work(job, shards):
+                say(f"shard {shard} of {shards} is done; others have work left")
+                return None
+            wall_seconds = time.monotonic() - started
+            attribution = results.publish(job, provisional, wall_seconds)
+        except AttrBatchError as error:
+            if mirror is not None:
+                mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
+            raise
+        # Whoever completes the plan also completes the mirror: shard 0 may have ended long ago.
+        (mirror or results.Mirror(job)).end("FINISHED", attribution)
     return attribution
 
 

@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from attr_batch import log
 from attr_batch.errors import Interrupted, NumericsError, SpecError
 from attr_batch.models import NoiseSchedule
-from attr_batch.recipe import LOCATION, Part
+from attr_batch.recipe import UNHASHED, Part
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Sampling(Part):
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int | None = Field(default=None, ge=0, lt=1 << 53, description="Default: the job's seed.")
     # Which samples stay in the store does not change a number.
-    keep: Annotated[Literal["none", "grid", "all"], LOCATION] = "grid"
+    keep: Annotated[Literal["none", "grid", "all"], UNHASHED] = "grid"
 
     def draw(
         self,

@@ -24,7 +24,7 @@ from attr_batch.estimators import Estimator
 from attr_batch.models import Model
 from attr_batch.properties import Property
 from attr_batch.pruning import Pruning
-from attr_batch.recipe import LOCATION, Part
+from attr_batch.recipe import UNHASHED, Part
 from attr_batch.sampling import Sampling
 
 MAX_BYTES = 1 << 20
@@ -72,7 +72,7 @@ class JobSpec(Part):
     """One attribution job."""
 
     name: str = Field(min_length=1, max_length=200, description="Shown in report and MLflow.")
-    store: Annotated[str, LOCATION] = Field(
+    store: Annotated[str, UNHASHED] = Field(
         default="attr-batch-store",
         min_length=1,
         description="Folder of results, relative to the shell's.",

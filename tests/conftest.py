@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from attr_batch.job import Job
 from attr_batch.runner import Laboratory, Worker
 from attr_batch.spec import validate
+
+torch.set_num_threads(1)  # as in a worker process: the bits must not depend on the cores
 
 TINY: dict[str, Any] = {
     "name": "tiny",
