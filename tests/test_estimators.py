@@ -409,11 +409,11 @@ def test_reference_is_equation_5(n):
 
 
 @pytest.mark.parametrize(
-    ("family", "seed", "fades"), [(games.linear, 2, False), (games.mean_quality, 1, True)]
+    ("family", "budget", "fades"), [(games.coverage, 18, False), (games.mean_quality, 60, True)]
 )
-def test_ridge_maximises_the_restricted_likelihood(family, seed, fades):
-    n, one = 10, Ridge(budget=60, holdout=0, seed=1)
-    game = family(n, seed)
+def test_ridge_maximises_the_restricted_likelihood(family, budget, fades):
+    n, one = 10, Ridge(budget=budget, holdout=0, seed=1)
+    game = family(n, 1)
     rows = gather(observe(one.plan(n), game, 0.3 * game.sd(500)), n).rows
     fit = ridge(rows)
     assert fit.lam is not None
