@@ -409,7 +409,7 @@ def test_reference_is_equation_5(n):
 
 
 @pytest.mark.parametrize(
-    ("family", "budget", "fades"), [(games.coverage, 18, False), (games.mean_quality, 60, True)]
+    ("family", "budget", "fades"), [(games.linear, 18, False), (games.mean_quality, 60, True)]
 )
 def test_ridge_maximises_the_restricted_likelihood(family, budget, fades):
     n, one = 10, Ridge(budget=budget, holdout=0, seed=1)
