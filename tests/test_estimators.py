@@ -30,7 +30,8 @@ from attr_batch.estimators import (
     design,
     regression,
 )
-from attr_batch.estimators.attribution import chance95, gather, indicators, spearman
+from attr_batch.estimators.attribution import chance95, spearman
+from attr_batch.estimators.observations import gather, indicators
 from attr_batch.estimators.ridge import FADING, fading_shapley, ridge
 
 SAMPLED = (Reference, PairedLS, Ridge)

@@ -14,8 +14,9 @@ from pydantic import Field, field_validator
 
 from attr_batch.errors import IncompleteDesign, SpecError
 from attr_batch.estimators import design, regression
-from attr_batch.estimators.attribution import Attribution, Observation, attribute, gather
+from attr_batch.estimators.attribution import Attribution, attribute
 from attr_batch.estimators.design import Entry, Role
+from attr_batch.estimators.observations import Observation, gather
 from attr_batch.estimators.ridge import ridge
 from attr_batch.recipe import Part
 
