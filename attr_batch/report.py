@@ -130,12 +130,12 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
                 "on held-out coalitions the values predict no better than luck would",
             )
         )
-    elif check["size_rmse"] <= check["rmse"]:
+    elif check["size_rmse"] <= check["rmse"] or (check["beyond_size"] or 0) <= check["chance95"]:
         found.append(
             (
                 "No better than counting heads",
                 "an equal split, which knows only how many contribute, predicts held-out "
-                "coalitions with no larger error",
+                "coalitions as well as the values do, as far as these can tell",
             )
         )
     if attribution["v_full"] <= attribution["v_empty"]:
@@ -190,7 +190,7 @@ def table(attribution: Mapping[str, Any], names: Mapping[str, str] | None = None
             "",
             *lines,
             "",
-            f"held-out check: {_check(attribution)}",
+            textwrap.fill(f"held-out check: {_check(attribution)}", WIDTH, subsequent_indent="  "),
             f"v(empty) {number(attribution['v_empty'], digits)}   "
             f"v(full) {number(attribution['v_full'], digits)}",
             *(
@@ -385,13 +385,14 @@ def _check_section(attribution: Mapping[str, Any], facts: PropertyEvidence) -> s
         ("Spearman correlation", number(check["spearman"], 2)),
         ("a method that knows nothing stays below", number(check["chance95"], 2)),
         ("an equal split (coalition size only) reaches", number(check["size_spearman"], 2)),
+        ("Spearman beyond the size", number(check["beyond_size"], 2)),
         ("root mean square error", number(check["rmse"], digits)),
         ("that of an equal split", number(check["size_rmse"], digits)),
         ("held-out coalitions", str(check["coalitions"])),
     ]
     text = (
         "<p>Some coalitions were measured but not used for the values. For them, the sum of the "
-        "members' values is a prediction that could have failed.</p>"
+        "members' values and a curve of the size are a prediction that could have failed.</p>"
     )
     return text + _plate(holdout_svg(dict(attribution), facts), _facts(rows))
 
@@ -507,8 +508,8 @@ def _check(attribution: Mapping[str, Any]) -> str:
         return "none, too few held-out coalitions"
     chance = number(check["chance95"], 2)
     return (
-        f"Spearman {number(check['spearman'], 2)} over {check['coalitions']} coalitions "
-        f"(chance stays below {chance})"
+        f"Spearman {number(check['spearman'], 2)} over {check['coalitions']} coalitions, beyond "
+        f"their size {number(check['beyond_size'], 2)} (chance stays below {chance})"
     )
 
 

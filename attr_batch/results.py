@@ -302,14 +302,12 @@ def _property_evidence(facts: Facts, prop: Property, found: dict[str, Any]) -> P
 
 def _utilities(facts: Facts, prop: Property, found: dict[str, Any]) -> Iterator[Utility]:
     roster = facts.job.card.roster
-    worth = [c["value"] for c in found["contributors"]]
+    predicted = (found["holdout"] or {}).get("predicted", {})
     for planned, run in facts.rows:
         fact = facts.values.get((run.key, prop.name))
         entry = run.entry
         if planned.subject != "derived" or fact is None:
             continue
-        held = entry.sequence == "holdout"
-        predicted = found["v_empty"] + sum(worth[i] for i in entry.coalition.members)
         yield {
             "coalition": str(entry.coalition),
             "members": [c.id for c in roster.members(entry.coalition)],
@@ -319,7 +317,7 @@ def _utilities(facts: Facts, prop: Property, found: dict[str, Any]) -> Iterator[
             "replicate": entry.replicate,
             "value": fact["value"],
             "stderr": fact["stderr"],
-            "predicted": predicted if held else None,
+            "predicted": predicted.get(str(entry.coalition)),
         }
 
 
@@ -452,7 +450,7 @@ def _checked(attribution: dict[str, Any]) -> str:
     held = (
         "not checked on held-out coalitions"
         if check is None or check["spearman"] is None
-        else f"held-out Spearman {check['spearman']:.2f} (chance below {check['chance95']:.2f})"
+        else f"held-out Spearman {check['spearman']:.2f}, beyond size {check['beyond_size'] or 0:.2f}"
     )
     return f"values sum to {total:.4g}, {held}"
 

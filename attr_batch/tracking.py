@@ -522,6 +522,7 @@ def _metrics(snapshot: Snapshot) -> dict[str, float]:
             "efficiency_gap": a["efficiency_gap"],
             "coalitions_used": a["coalitions"]["used"],
             "holdout_spearman": check.get("spearman"),
+            "holdout_beyond_size": check.get("beyond_size"),
             "holdout_chance95": check.get("chance95"),
             "holdout_rmse": check.get("rmse"),
             "shrinkage_slope": a["shrinkage_slope"],

@@ -198,6 +198,8 @@ def _property(
             "chance95": 0.64,
             "size_spearman": 0.71,
             "size_rmse": 0.2 * gain,
+            "beyond_size": 0.68,
+            "predicted": {},
         },
         "noise": {"sd": noise},
         "shrinkage_slope": 0.7,

@@ -138,7 +138,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "named"), BAD, ids=[f"{p}={v}" for p, v, _ in BAD])
+@pytest.mark.parametrize(
+    ("path", "value", "named"), BAD, ids=[f"{i}-{p}" for i, (p, _, _) in enumerate(BAD)]
+)
 def test_a_mistake_is_named_with_its_place(tmp_path, path, value, named):
     file = written(tmp_path, yaml.safe_dump(_with(path, value), sort_keys=False))
     with pytest.raises(SpecError) as caught:

@@ -43,7 +43,8 @@ class Holdout:
 
     `chance95`: |Spearman| stays below it with 95 % chance when prediction and observation are
     unrelated. `size_spearman`, `size_rmse`: the same check of the equal split, which knows the
-    size only.
+    size only; `beyond_size`: Spearman of what both have beyond that, which is what the paper's LDS
+    sees at a fixed size. `predicted` is by coalition, as a 0/1 string.
     """
 
     spearman: float | None
@@ -52,6 +53,8 @@ class Holdout:
     chance95: float
     size_spearman: float | None
     size_rmse: float
+    beyond_size: float | None
+    predicted: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def attribute(
         low=None if se is None or ls_values is None else _floats(ls_values - reach * se),
         high=None if se is None or ls_values is None else _floats(ls_values + reach * se),
         interval=interval,
-        holdout=_check(rows, phi, evidence.held_members, evidence.held_v),
+        holdout=_check(rows, phi, evidence.held, evidence.held_members, evidence.held_v),
         noise=noise,
         used=evidence.used,
         shrinkage_slope=shrinkage_slope,
@@ -233,7 +236,9 @@ def _end_variance(mean: Mean, unknown: float) -> float:
     return (unknown if mean.sd is None else mean.sd**2) / mean.replicates
 
 
-def _check(rows: Rows, phi: Array, Z: Array, observed: Array) -> Holdout | None:
+def _check(
+    rows: Rows, phi: Array, held: Sequence[Coalition], Z: Array, observed: Array
+) -> Holdout | None:
     if len(observed) < _FEWEST_HELD_OUT:
         return None
     predicted = predict(rows, phi, Z)
@@ -245,6 +250,8 @@ def _check(rows: Rows, phi: Array, Z: Array, observed: Array) -> Holdout | None:
         chance95=chance95(len(observed)),
         size_spearman=spearman(by_size, observed),
         size_rmse=float(np.sqrt(np.mean((by_size - observed) ** 2))),
+        beyond_size=spearman(predicted - by_size, observed - by_size),
+        predicted={str(c): float(p) for c, p in zip(held, predicted, strict=True)},
     )
 
 

@@ -67,6 +67,7 @@ class Evidence:
 
     rows: Rows
     noise: Noise
+    held: tuple[Coalition, ...]
     held_members: Array
     held_v: Array
     used: int
@@ -121,7 +122,9 @@ def gather(observations: Sequence[Observation], n: int) -> Evidence:
         repeated=sum(sd is not None for sd, _ in spread),
     )
     held_v = np.array([_mean(held[mask]).value for mask in held_masks])
-    return Evidence(rows, noise, indicators(held_masks, n), held_v, len(observations))
+    held_out = tuple(Coalition(mask, n) for mask in held_masks)
+    members = indicators(held_masks, n)
+    return Evidence(rows, noise, held_out, members, held_v, len(observations))
 
 
 def indicators(masks: Sequence[int], n: int) -> Array:
