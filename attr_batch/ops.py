@@ -5,10 +5,10 @@ definition, and the kernel wherever there is no native one), limits, fake kernel
 `torch.compile`). The schemas are declared here for both back ends; the libraries in `csrc/` only
 implement them, so there is one truth and one way to register.
 
-Which back end answers is part of a run's key. So it is never chosen by trying: `backend` looks for
-the library file and reads `ATTR_BATCH_OPS` (`auto`, `native`, `reference`), and a file that is there
-but does not load is an error. That question, and importing this module, leaves torch out, because
-planning asks it; torch comes with the first op (`load`).
+Which back end answers is part of a run's key. So it is never chosen by trying: `backend` reads
+`ATTR_BATCH_OPS` (`auto`, `native`, `reference`) and looks for the library file, and a file that is
+there but does not load is an error. That question, and importing this module, leaves torch out,
+because planning asks it; torch comes with the first op (`load`).
 
 Noise is counter-based (Philox): common random numbers for every coalition, the paper's step 5,
 whatever the batch. All ops are for inference and have no derivative.
@@ -64,7 +64,7 @@ def backend(device: str = "cpu") -> Backend:
 
 
 def build_info() -> dict[str, Any]:
-    """Return how the native ops were built and what this CPU offers; less where parts are missing."""
+    """Return how the native ops were built and what this CPU offers, as far as it is known."""
     info: dict[str, Any] = {
         "ops": _mode(),
         "libraries": [path.name for path in _LIBRARIES.values() if path.exists()],
