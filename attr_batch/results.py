@@ -450,7 +450,8 @@ def _checked(attribution: dict[str, Any]) -> str:
     held = (
         "not checked on held-out coalitions"
         if check is None or check["spearman"] is None
-        else f"held-out Spearman {check['spearman']:.2f}, beyond size {check['beyond_size'] or 0:.2f}"
+        else f"held-out Spearman {check['spearman']:.2f}, "
+        f"beyond size {check['beyond_size'] or 0:.2f}"
     )
     return f"values sum to {total:.4g}, {held}"
 

@@ -402,13 +402,13 @@ def _worker_process(
             torch.set_num_threads(1)
         worker = Worker(Laboratory(job), shard, shards, session)
         worker.work(prepares)
-    except AttrBatchError as error:
-        errors.send(error)
-        sys.exit(error.exit_code)
     except Exception as error:
-        traceback.print_exc()
-        errors.send(AttrBatchError(f"{type(error).__name__}: {error}", "a worker process"))
-        sys.exit(1)
+        if not isinstance(error, AttrBatchError):
+            traceback.print_exc()
+            error = AttrBatchError(f"{type(error).__name__}: {error}", "a worker process")
+        with contextlib.suppress(OSError):  # the parent may have been killed
+            errors.send(error)
+        sys.exit(error.exit_code)
 
 
 # -- the parent -----------------------------------------------------------------------------------

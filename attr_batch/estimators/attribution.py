@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from attr_batch.coalition import Coalition
 from attr_batch.estimators.observations import Evidence, Mean, Noise
 from attr_batch.estimators.regression import (
     Array,
