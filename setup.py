@@ -83,9 +83,13 @@ def gencode(arch: str) -> list[str]:
     return [*flags, "-gencode=arch=compute_90,code=compute_90"]
 
 
+def native_sources() -> list[Path]:
+    return sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})
+
+
 def source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"}):
+    for path in native_sources():
         digest.update(f"{path.as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -236,7 +240,11 @@ def extensions() -> list[Extension]:
     python_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if python_headers and importlib.util.find_spec("pybind11"):
         sources["_native_info"] = [CSRC / "info.cpp"]
-    return [Extension(f"attr_batch.{n}", [str(s) for s in files]) for n, files in sources.items()]
+    everything = [str(path) for path in native_sources()]  # belongs in a source distribution
+    return [
+        Extension(f"attr_batch.{name}", [str(s) for s in files], depends=everything)
+        for name, files in sources.items()
+    ]
 
 
 setup(
