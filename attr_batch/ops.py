@@ -101,7 +101,7 @@ def load() -> None:
     for device in devices:
         if device in native:
             _load_library(_LIBRARIES[device])
-        elif mode == "auto":
+        elif mode == "auto" and (device == "cpu" or torch.cuda.is_available()):
             warn(f"no native ops for {device}: using the slower reference ops", hint=_REBUILD)
     _registry = registry
 
