@@ -201,12 +201,13 @@ def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
 
 
 def publish(
-    job: Job, provisional: bool = False, wall_seconds: float | None = None
+    job: Job, provisional: bool = False, session: tuple[float, int] | None = None
 ) -> dict[str, Any]:
     """Write reports/<spec digest>/ and return attribution.json.
 
     A complete attribution is published once: made again it has the same bytes (on another
-    processor, the same numbers to 1e-9), or else something was altered: LedgerConflict.
+    processor, the same numbers to 1e-9), or else something was altered: LedgerConflict. `session`
+    is what the run that just ended took: wall seconds, and the evaluations it found in the store.
     """
     facts = Facts(job)
     provisional = provisional and bool(facts.missing())
@@ -223,7 +224,7 @@ def publish(
         store.replace(name, data)
     elif not store.publish(name, data):
         attribution = _agree(job, name, attribution, data)
-    cost = _cost(facts, wall_seconds)
+    cost = _cost(facts, store.read(f"{folder}/cost.json"), session)
     proof = evidence(facts, attribution)
     store.replace(f"{folder}/cost.json", canonical(cost))
     store.replace(f"{folder}/evidence.json", canonical(proof))
@@ -413,12 +414,15 @@ def _provenance(facts: Facts) -> dict[str, str]:
     }
 
 
-def _cost(facts: Facts, wall_seconds: float | None) -> Cost:
+def _cost(facts: Facts, before: bytes | None, session: tuple[float, int] | None = None) -> Cost:
+    """Return what all the work cost, and of the last run that did some, its wall seconds."""
+    old = json.loads(before) if before else {"wall_seconds": None, "reused": len(facts.rows)}
+    wall_seconds, reused = session or (old["wall_seconds"], old["reused"])
     spent = facts.seconds_spent()
     return {
         "seconds": {phase: round(seconds, 3) for phase, seconds in spent.items()},
-        "evaluated": len(facts.derivations),
-        "reused": len(facts.rows) - len(facts.missing()) - len(facts.derivations),
+        "evaluated": len(facts.rows) - reused,
+        "reused": reused,
         "median_seconds_per_coalition": facts.seconds_per_evaluation,
         "wall_seconds": wall_seconds,
         "machines": sorted({d["provenance"]["processor"] for d in facts.derivations.values()}),
@@ -538,6 +542,7 @@ def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
                 metrics=metrics,
                 seconds=None if derivation is None else sum(derivation["seconds"].values()),
             )
+    cost = job.ledger.store.read(f"reports/{job.spec_digest}/cost.json")
     return Snapshot(
         spec={"name": job.spec.name, **job.content},
         spec_digest=job.spec_digest,
@@ -552,7 +557,7 @@ def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
         },
         attribution=attribution,
         evidence=None if attribution is None else evidence(facts, attribution),
-        cost=None if attribution is None else _cost(facts, None),
+        cost=None if attribution is None else _cost(facts, cost),
     )
 
 

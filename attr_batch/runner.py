@@ -572,7 +572,8 @@ def run(
         Interrupted: stopped by a signal; checkpoints are written.
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
-    started = time.monotonic()
+    started, reused = time.monotonic(), sum(map(job.done, job.plan))
+    session = None
     job.write_down()
     mirror = results.Mirror(job) if shard == 0 else None
     with _signals() as stopped:
@@ -580,11 +581,11 @@ def run(
             if not complete(job):
                 announce(job)
                 evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
+                session = (time.monotonic() - started, reused)
             if not complete(job) and not provisional and _others_at_work(job, shards):
                 say(f"shard {shard} of {shards} is done; others have work left")
                 return None
-            wall_seconds = time.monotonic() - started
-            attribution = results.publish(job, provisional, wall_seconds)
+            attribution = results.publish(job, provisional, session)
         except AttrBatchError as error:
             if mirror is not None:
                 mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
