@@ -34,7 +34,8 @@ class Progress:
         self._done = 0
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=True)
+            bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
+            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, bar_format=bar)
 
     def update(self, done: int, **figures: float | str) -> None:
         """Show that `done` of `total` is done, with some figures such as the loss."""
