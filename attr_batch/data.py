@@ -138,12 +138,10 @@ def arrange(
     place = {name: i for i, name in enumerate(ids)}
     order = sorted(range(len(images)), key=lambda i: (place[contributors[i]], content[i]))
     contributor = np.array([place[contributors[i]] for i in order], dtype=np.int64)
-    roster = Roster(
-        tuple(
-            _contributor(name, [content[i] for i in order if contributors[i] == name])
-            for name in ids
-        )
-    )
+    given: list[list[str]] = [[] for _ in ids]
+    for i, owner in zip(order, contributor, strict=True):
+        given[owner].append(content[i])
+    roster = Roster(tuple(map(_contributor, ids, given)))
     number = {name: i for i, name in enumerate(label_names)}
     indices = None if labels is None else np.array([number[labels[i]] for i in order], np.int64)
     return Dataset(images[order], contributor, indices, label_names, roster)
@@ -247,18 +245,16 @@ class ImageFolder(_Chosen):
     def fingerprint(self) -> str:
         """Return a cheap identity of what `load` would read, without decoding an image.
 
-        It moves when a file's name, size or time, the metadata, or the decoder changes. DataError
-        where the folder or its metadata file is missing.
+        It moves when the metadata, the size or a time of a file they list, or the decoder changes.
+        DataError where the folder or its metadata file is missing or not UTF-8.
         """
         table = _metadata_file(Path(self.path))
-        listing = []
-        for name in _listing(table.parent):
-            found = (table.parent / name).stat()
-            listing.append([name, found.st_size, found.st_mtime_ns])
+        rows, _, _ = _read_table(table)
+        listed = [_stamp(table.parent / str(cells.get(FILE_NAME))) for _, cells in rows]
         version = importlib.metadata.version("pillow")
         content = digest(table.read_bytes())
         where = str(table.absolute())
-        return digest([RECIPE_VERSION, self.recipe(), version, where, content, listing])
+        return digest([RECIPE_VERSION, self.recipe(), version, where, content, listed])
 
     def load(self) -> Dataset:
         """Decode everything. DataError lists all problems at once, each with file and line."""
@@ -476,6 +472,18 @@ def _wrong_path(root: Path, name: str, where: str) -> Problem | None:
         if leads_out
         else None
     )
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Return what changes when a file does, or None if there is no such file.
+
+    Whoever changes a file may set its mtime back, but not its ctime.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _listing(root: Path) -> list[str]:

@@ -164,6 +164,20 @@ def test_subset_depends_on_the_members_only(draw):
     assert [got.label_names[i] for i in got.labels] == [alone.label_names[i] for i in alone.labels]
 
 
+def test_images_are_not_searched_anew_for_every_contributor():
+    class Counted(list):
+        asked = 0
+
+        def __getitem__(self, i):
+            self.asked += 1
+            return super().__getitem__(i)
+
+    images = np.arange(300, dtype=np.uint16).view(np.uint8).reshape(300, 1, 1, 2)
+    owners = Counted([str(i % 100) for i in range(300)])
+    assert len(arrange(images, owners, None).roster) == 100
+    assert owners.asked <= 3 * len(images)
+
+
 def test_subset_of_another_roster_is_refused():
     with pytest.raises(ValueError, match="coalition of 3, but 10"):
         Digits().load().subset(Coalition.grand(3))
@@ -268,15 +282,35 @@ def test_fingerprint_moves_with_files_metadata_and_options(tmp_path):
     assert folder.fingerprint() == seen[0]
     os.utime(tmp_path / "3.png", ns=(1, 1))
     seen.append(folder.fingerprint())
-    save(tmp_path / "new.png", picture(1))
+    (tmp_path / "3.png").unlink()
     seen.append(folder.fingerprint())
     write_csv(tmp_path, ["file_name", "artist", "style"], [list(row[:3]) for row in ROWS[1:]])
     seen.append(folder.fingerprint())
     seen.append(part(tmp_path, size=16).fingerprint())
-    (tmp_path / "notes.txt").write_text("no image")
+    save(tmp_path / "unlisted.png", picture(1))
     assert part(tmp_path, size=16).fingerprint() == seen[-1]
     assert len(set(seen)) == len(seen)
     assert Digits().fingerprint() != Digits(contributors=("0", "1")).fingerprint()
+
+
+def test_an_edit_that_keeps_name_size_and_mtime_moves_the_fingerprint(tmp_path):
+    folder = folder_of(tmp_path, ROWS)
+    path = (tmp_path / "3.png").rename(tmp_path / "3.jfif")  # what load() reads, whatever its name
+    rows = [list(row[:3]) for row in ROWS]
+    write_csv(tmp_path, ["file_name", "artist", "style"], [["3.jfif", *rows[2][1:]], *rows[3:]])
+    before, times, content = folder.fingerprint(), path.stat(), path.read_bytes()
+    path.write_bytes(content[::-1])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert folder.fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["gone.png", "x" * 5000, "a\0b", ""])
+def test_the_fingerprint_leaves_it_to_load_to_complain(tmp_path, name):
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "artist": "x"}))
+    assert part(tmp_path).fingerprint()
+    with pytest.raises(DataError):
+        part(tmp_path).load()
 
 
 def test_neither_path_nor_torch_is_in_it(tmp_path):
