@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from string import hexdigits
 
 
 @dataclass(frozen=True, order=True)
@@ -51,7 +52,9 @@ class Coalition:
             width = -(-n // 4)
             if len(text) - 2 != width:
                 raise ValueError(f"{text!r} has {len(text) - 2} hex digits, wanted {width}")
-            number = int(text, 0)
+            if set(text[2:]) - set(hexdigits):
+                raise ValueError(f"{text!r} is not hexadecimal")
+            number = int(text, 16)
             if number >> n:
                 raise ValueError(f"{text!r} has bits beyond {n} contributors")
             return cls.parse(format(number, f"0{n}b"), n)
