@@ -2,17 +2,20 @@
 
 The loss is the plain denoising loss of the paper's Eq. 1 (for another prediction, its equivalent).
 What is random in step i is a function of (seed, i) alone: the order of the images, the noise, the
-times. So a resumed run ends with the same bits as an undisturbed one, and all coalitions of a
-replicate see the same noise, which takes most of its variance out of their differences.
+times, the dropout. So a resumed run ends with the same bits as an undisturbed one, and all
+coalitions of a replicate see the same noise, which takes most of its variance out of their
+differences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,10 +95,14 @@ def batch_indices(seed: int, count: int, start: int, batch: int) -> np.ndarray:
     while position < start + batch:
         epoch, offset = divmod(position, count)
         stop = min(count, offset + start + batch - position)
-        rng = np.random.default_rng(derive_seed("order", seed, epoch))
-        parts.append(rng.permutation(count)[offset:stop])
+        parts.append(_permutation(seed, count, epoch)[offset:stop])
         position += stop - offset
     return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)  # the epoch at hand and, where a batch straddles two, the next
+def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(derive_seed("order", seed, epoch)).permutation(count)
 
 
 def stratified_times(seed: int, step: int, batch: int, timesteps: int) -> np.ndarray:
@@ -107,6 +114,23 @@ def stratified_times(seed: int, step: int, batch: int, timesteps: int) -> np.nda
     """
     u = random.Random(derive_seed("time", seed, step)).random()  # noqa: S311
     return ((u + np.arange(batch) / batch) % 1.0 * timesteps).astype(np.int64)
+
+
+@contextlib.contextmanager
+def _dropout_stream(seed: int, step: int, device: str) -> Iterator[None]:
+    """Draw from streams of this step within, and leave the global ones as they were."""
+    import torch
+
+    devices = [] if device == "cpu" else [torch.device(device)]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive_seed("dropout", seed, step))
+        yield
+
+
+def _drops(model: torch.nn.Module) -> bool:
+    from torch.nn.modules.dropout import _DropoutNd
+
+    return any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules())
 
 
 def train(
@@ -147,10 +171,10 @@ def train(
 
     # Resume.
     start, running = 0, torch.zeros((), device=device)
-    identity = ""
+    saved = None
     if checkpoint is not None:
-        identity = _identity(model, ema, images, schedule, training, seed)
-        state = _read_checkpoint(checkpoint, identity)
+        saved = _Checkpoint(checkpoint, model, ema, images, schedule, training, seed)
+        state = saved.read()
         if state is not None:
             start = _restore(state, model, optimizer, ema)
             running = state[0]["running"].to(device)
@@ -160,10 +184,11 @@ def train(
     if training.precision == "bf16":
         worker = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
     worker_parameters = list(worker.parameters())
+    drops = _drops(worker)
 
     figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
     for step in range(start, training.steps):
-        # Draw images, noise and times: functions of (seed, step).
+        # Draw images, noise and times, and below dropout: functions of (seed, step).
         chosen = batch_indices(seed, len(images), step * training.batch, training.batch)
         x0 = to_unit(data[torch.from_numpy(chosen).to(device)])
         noise = ops.counter_normal(slots, x0[0].numel(), noise_seed, step).view(shape)
@@ -175,7 +200,8 @@ def train(
             with torch.no_grad():
                 torch._foreach_copy_(worker_parameters, parameters)  # pyright: ignore
         x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
-        answer = worker(x_t, t, return_dict=False)[0].float()
+        with _dropout_stream(seed, step, device) if drops else contextlib.nullcontext():
+            answer = worker(x_t, t, return_dict=False)[0].float()
         loss = torch.nn.functional.mse_loss(answer, schedule.target(x0, noise, t))
         loss.backward()
         if worker is not model:
@@ -199,8 +225,8 @@ def train(
         if upkeep.tick(done, training.steps, **figures):
             figures = {"loss": _running_loss(running, done)}
             stopping = upkeep.stopping()
-            if checkpoint is not None and (stopping or done < training.steps):
-                _write_checkpoint(checkpoint, identity, done, running, model, optimizer, ema)
+            if saved is not None and (stopping or done < training.steps):
+                saved.write(done, running, model, optimizer, ema)
             if stopping:
                 hint = "run the same command again: it goes on from the checkpoint"
                 raise Interrupted(f"stopped at step {done} of {training.steps}", None, hint)
@@ -221,65 +247,76 @@ def _running_loss(running: torch.Tensor, steps: int) -> float:
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-def _identity(
-    model: torch.nn.Module,
-    ema: Ema | None,
-    images: np.ndarray,
-    schedule: NoiseSchedule,
-    training: Training,
-    seed: int,
-) -> str:
-    """Return a digest of all that decides the training's outcome, to know its checkpoint by."""
-    start = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        start.update(f"{name} {tuple(tensor.shape)}".encode())
-        start.update(tensor.detach().cpu().numpy().tobytes())
-    return digest(
-        {
-            "images": [
-                list(images.shape),
-                digest(images.tobytes()),
-            ],
-            "start": start.hexdigest(),
+class _Checkpoint:
+    """A training's file on the way, which knows all that decides the training's outcome.
+
+    Takes the weights the training starts from before its first step, but digests them only when
+    there is something to read or to write: most trainings end before that.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: torch.nn.Module,
+        ema: Ema | None,
+        images: np.ndarray,
+        schedule: NoiseSchedule,
+        training: Training,
+        seed: int,
+    ) -> None:
+        self.path, self._images = path, images
+        self._start = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in model.state_dict().items()
+        }
+        self._rest = {
             "ema": None if ema is None else [ema.kind, ema.i],
             "schedule": schedule.recipe(),
             "training": training.recipe(),
             "seed": seed,
         }
-    )
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """The digest by which the training knows its checkpoint."""
+        start = hashlib.sha256()
+        for name, tensor in self._start.items():
+            start.update(f"{name} {tuple(tensor.shape)}".encode())
+            start.update(tensor.numpy().tobytes())
+        images = [list(self._images.shape), digest(self._images.tobytes())]
+        return digest({"images": images, "start": start.hexdigest(), **self._rest})
 
-def _write_checkpoint(
-    path: Path,
-    identity: str,
-    step: int,
-    running: torch.Tensor,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-    if ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
-    metadata = {"identity": identity, "step": step, "ema": None if ema is None else ema.i}
-    write_safetensors(path, {**tensors, "running": running}, metadata)
+    def write(
+        self,
+        step: int,
+        running: torch.Tensor,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+    ) -> None:
+        """Write the state after `step` steps, whole or not at all."""
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+        if ema is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
+        updates = None if ema is None else ema.i
+        metadata = {"identity": self.identity, "step": step, "ema": updates}
+        write_safetensors(self.path, {**tensors, "running": running}, metadata)
 
-
-def _read_checkpoint(path: Path, identity: str) -> tuple[dict[str, torch.Tensor], Any] | None:
-    """Return the checkpoint's tensors and metadata; None where there is none that can be read."""
-    if not path.exists():
-        return None
-    try:
-        tensors, metadata = read_safetensors(path)
-    except DataError as error:
-        log.warn(f"checkpoint ignored, the training starts over: {error}")
-        return None
-    if not isinstance(metadata, dict) or metadata.get("identity") != identity:
-        hint = "delete the file, or work in another folder"
-        raise DataError("is the checkpoint of another training", str(path), hint)
-    return tensors, metadata
+    def read(self) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """Return the tensors and metadata; None where there are none that can be read."""
+        if not self.path.exists():
+            return None
+        try:
+            tensors, metadata = read_safetensors(self.path)
+        except DataError as error:
+            log.warn(f"checkpoint ignored, the training starts over: {error}")
+            return None
+        if not isinstance(metadata, dict) or metadata.get("identity") != self.identity:
+            hint = "delete the file, or work in another folder"
+            raise DataError("is the checkpoint of another training", str(self.path), hint)
+        return tensors, metadata
 
 
 def _restore(

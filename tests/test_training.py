@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attr_batch import training as training_module
 from attr_batch.errors import DataError, Interrupted, NumericsError
 from attr_batch.log import Upkeep
 from attr_batch.models import NoiseSchedule, Training, UNet
+from attr_batch.recipe import derive_seed
 from attr_batch.training import (
     Ema,
     TrainResult,
@@ -22,12 +24,13 @@ from attr_batch.training import (
 TINY = UNet(block_out_channels=(4, 8), norm_num_groups=2)
 SCHEDULE = NoiseSchedule()
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 1, 4, 4), dtype=np.uint8)
+DROPPING = TINY.model_copy(update={"dropout": 0.3})
 SHORT = Training(steps=7, batch=4, learning_rate=1e-2, warmup=2)
 
 
-def run(training=SHORT, images=IMAGES, ema="short", seed=3, init=0, **options):
+def run(training=SHORT, images=IMAGES, ema="short", seed=3, init=0, part=TINY, **options):
     """Train the tiny net; return everything that came of it, and the weights' bits."""
-    model = TINY.build(1, 4, seed=init)
+    model = part.build(1, 4, seed=init)
     mean = None if ema is None else Ema(model, ema)
     result = train(model, images, SCHEDULE, training, seed=seed, ema=mean, **options)
     bits = [p.detach().numpy().tobytes() for p in model.parameters()]
@@ -59,6 +62,17 @@ def test_order_depends_on_images_seen_alone(count, total, cuts):
     assert np.array_equal(np.concatenate(pieces), whole)
     for epoch in range(total // count):
         assert sorted(whole[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_each_epoch_is_permuted_once(monkeypatch):
+    def order(seed, epoch):
+        return np.random.default_rng(derive_seed("order", seed, epoch)).permutation(10)
+
+    wanted = np.concatenate([order(5, epoch) for epoch in range(3)])
+    training_module._permutation.cache_clear()
+    got = np.concatenate([batch_indices(5, 10, start, 3) for start in range(0, 30, 3)])
+    assert np.array_equal(got, wanted)
+    assert training_module._permutation.cache_info().misses == 3
 
 
 def test_order_differs_by_seed_and_epoch():
@@ -128,7 +142,6 @@ def test_it_learns():
 def test_one_step_is_adamw_on_the_denoising_loss():
     """Against the same step written out in float64."""
     from attr_batch import ops
-    from attr_batch.recipe import derive_seed
 
     training = Training(steps=1, batch=4, learning_rate=1e-3, warmup=0, clip=None)
     model = TINY.build(1, 4, seed=0)
@@ -153,6 +166,33 @@ def test_one_step_is_adamw_on_the_denoising_loss():
 def test_same_seed_same_bits_and_the_seed_matters():
     assert run() == run()
     assert run()[1] != run(seed=4)[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_stream_alone(precision):
+    training = SHORT.model_copy(update={"precision": precision})
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = run(training, part=DROPPING)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert run(training, part=DROPPING) == first
+    assert first[1] != run(training)[1]
+
+
+def test_every_step_drops_others():
+    seen = []
+
+    class Watched(torch.nn.Dropout):
+        def forward(self, x):
+            seen.append(super().forward(torch.ones(64)) == 0)
+            return x
+
+    model = TINY.build(1, 4, seed=0)
+    model.watched = Watched(0.5)
+    model.conv_in.register_forward_hook(lambda *_: model.watched(torch.ones(1)) and None)
+    train(model, IMAGES, SCHEDULE, SHORT, seed=3)
+    assert len({tuple(dropped.tolist()) for dropped in seen}) == len(seen) == SHORT.steps
 
 
 def test_read_only_images_are_fine():
@@ -194,14 +234,25 @@ def test_divergence_is_a_numerics_error():
 # -- interruption ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ema", ["short", "long", None])
+@pytest.mark.parametrize(
+    ("part", "ema"),
+    [(TINY, "short"), (TINY, "long"), (TINY, None), (DROPPING, "short")],
+    ids=["short", "long", "raw", "dropout"],
+)
 @pytest.mark.parametrize("steps", [(1,), (3,), (6,), (2, 4, 5), (7,)])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, steps, ema):
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, steps, part, ema):
     checkpoint = tmp_path / "checkpoint"
     for step in steps:
         with pytest.raises(Interrupted, match=f"step {step} of 7"):
-            run(ema=ema, checkpoint=checkpoint, upkeep=stop_at(step))
-    assert run(ema=ema, checkpoint=checkpoint) == run(ema=ema)
+            run(ema=ema, part=part, checkpoint=checkpoint, upkeep=stop_at(step))
+    assert run(ema=ema, part=part, checkpoint=checkpoint) == run(ema=ema, part=part)
+
+
+def test_nothing_is_digested_for_a_checkpoint_never_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_module, "digest", None)
+    monkeypatch.setattr(training_module, "hashlib", None)
+    assert run(checkpoint=tmp_path / "checkpoint") == run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_resumes_from_its_last_tick(tmp_path):
