@@ -96,7 +96,7 @@ def test_a_larger_budget_extends_a_smaller_one(estimator, n):
 def test_holdout_does_not_depend_on_the_budget_and_is_disjoint(n):
     budgets = [m for m in (2 * n, 10 * n) if m < (1 << n) // 2] or [2 * n]
     held = []
-    for estimator, budget in itertools.product(SAMPLED, budgets):
+    for estimator, budget in itertools.product((PairedLS, Ridge), budgets):
         plan = estimator(budget=budget, holdout=8).plan(n)
         pairs = {min(e.coalition, e.coalition.complement()) for e in plan if e.role == "design"}
         held.append([e.coalition for e in plan if e.role == "holdout"])
@@ -105,6 +105,20 @@ def test_holdout_does_not_depend_on_the_budget_and_is_disjoint(n):
         assert all(n <= 4 * c.size <= 3 * n for c in held[-1])
     assert all(other == held[0] for other in held)
     assert len(held[0]) == 8 or n == 5
+
+
+@pytest.mark.parametrize("n", [5, 6, 9, 20])
+def test_the_paper_s_holdout_leaves_out_what_was_drawn(n):
+    def parts(budget, holdout):
+        plan = Reference(budget=budget, holdout=holdout, seed=1).plan(n)
+        return [[e.coalition for e in plan if e.role == role] for role in ("design", "holdout")]
+
+    sequence = [e.coalition for e in design.prefix(design.holdout(n, 1), 500)]
+    (some, few), (more, many) = parts(2 * n, 4), parts(10 * n, 8)
+    assert few == [c for c in sequence if c not in some][:4]
+    assert many == [c for c in sequence if c not in more][:8]
+    assert parts(10 * n, 4)[1] == many[:4]
+    assert {*some, *few} <= {*more, *parts(10 * n, 4)[1]}  # growing evaluates nothing in vain
 
 
 def test_when_everything_is_measured_nothing_is_held_out():
@@ -190,11 +204,29 @@ def test_the_paper_s_repeats_are_replicates():
 
 
 def test_the_paper_s_sizes_follow_the_kernel():
-    sizes = [e.coalition.size for e in design.prefix(design.independent(20, 0), 4000)]
+    draws = 20_000
+    sizes = [e.coalition.size for e in design.prefix(design.independent(20, 0), draws)]
     p = np.array(design.size_probability(20))[1:20]
     count = np.bincount(sizes, minlength=20)[1:]
-    chi2 = float(((count - 4000 * p) ** 2 / (4000 * p)).sum())
-    assert chi2 < 80  # 18 degrees of freedom; the held-out eighth of the middle costs a little
+    chi2 = float(((count - draws * p) ** 2 / (draws * p)).sum())
+    assert chi2 < 45  # 18 degrees of freedom
+
+
+def test_the_paper_s_draws_have_the_probability_they_say():
+    draws = 20_000
+    entries = design.prefix(design.independent(6, 0), draws)
+    p = {e.coalition: e.probability for e in entries}
+    assert len(p) == 62
+    assert sum(p.values()) == pytest.approx(1)
+    count = Counter(e.coalition for e in entries)
+    chi2 = sum((count[c] - draws * p[c]) ** 2 / (draws * p[c]) for c in p)
+    assert chi2 < 110  # 61 degrees of freedom
+
+
+def test_the_closed_form_tends_to_the_shapley_value():
+    game, one = games.class_entropy(6, 1), Reference(budget=40_000, holdout=0)
+    found = one.estimate(observe(one.plan(6), game), 6)
+    assert error(found.values, game.shapley()) < 0.02
 
 
 def test_plans_of_seeds_differ():
@@ -211,8 +243,9 @@ def test_what_cannot_be_planned_is_refused():
         Ridge(budget=31)
     with pytest.raises(ValidationError):
         Exact.model_validate({"kind": "exact", "budget": 60})
-    with pytest.raises(SpecError, match="1 contributor: "):
+    with pytest.raises(SpecError, match=r"^1 contributor: ") as caught:
         Ridge(budget=10).plan(1)
+    assert caught.value.problems[0].where is None  # a plan may have no job and no data
     with pytest.raises(SpecError, match=r"2\^17"):
         Exact().plan(17)
 
@@ -521,6 +554,40 @@ def test_intervals_need_evidence(pairs, given, reliable):
     assert all((column is not None) is given for column in (found.se, found.low, found.high))
 
 
+@pytest.mark.parametrize(("pairs", "given"), [(8, False), (20, False), (21, True), (49, True)])
+def test_single_rows_are_no_evidence_for_intervals(pairs, given):
+    observations = observe(PairedLS(budget=200, holdout=0).plan(20), games.coverage(20), 0.05)
+    ends, rows = observations[:8], observations[8:]
+    found = PairedLS().estimate([*ends, *rows[: 2 * pairs], *rows[2 * pairs :: 2]], 20)
+    assert found.ls_values is not None
+    assert found.interval.pairs == pairs
+    assert not found.interval.reliable
+    assert all((column is not None) is given for column in (found.se, found.low, found.high))
+
+
+def test_an_endpoint_measured_once_is_as_noisy_as_a_row():
+    one = PairedLS(budget=60, holdout=0, endpoint_replicates=1)
+    observations = observe(one.plan(10), games.linear(10), 0.5)
+    found = one.estimate(observations, 10)
+    residual = regression.paired_least_squares(gather(observations, 10).rows).residual
+    assert residual is not None
+    assert found.delta_se == pytest.approx(math.sqrt(2 * residual))
+    again = [
+        replace(o, value=o.value + d, replicate=1)
+        for o, d in zip(observations[:2], (0.2, -0.2), strict=True)
+    ]
+    assert one.estimate([*observations, *again], 10).delta_se == pytest.approx(0.1 * math.sqrt(2))
+
+
+def test_where_all_is_noise_there_are_no_shares():
+    one = PairedLS(budget=60, holdout=0, endpoint_replicates=1)
+    nothing = games.Game("nothing", 10, lambda Z: Z.sum(1) / 100, lambda: np.full(10, 0.01))
+    observations = observe(one.plan(10), nothing, 1.0)
+    ends = [replace(o, value=v) for o, v in zip(observations[:2], (0.0, 1.0), strict=True)]
+    found = one.estimate([*ends, *observations[2:]], 10)
+    assert replace(found, values=(0.1,) * 10).shares is None
+
+
 def test_the_interval_is_that_of_paired_least_squares_for_ridge_too():
     ls, ridge = PairedLS(budget=120), Ridge(budget=120)
     observations = observe(ls.plan(20), games.coverage(20), 0.05)
@@ -570,6 +637,26 @@ def test_without_repeats_exact_has_no_interval():
     found = Exact().estimate(table(np.arange(8.0), 3), 3)
     assert found.se is found.low is None
     assert not found.interval.reliable
+
+
+def test_the_endpoints_noise_does_not_make_an_exact_interval_reliable():
+    n, once = 4, 14
+    plan = Ridge(budget=2 * once, endpoint_replicates=6).plan(n)
+    calm = [
+        replace(o, value=0.0) if o.role == "empty" else o
+        for o in observe(plan, games.linear(n), 0.3)
+    ]
+    for repeats in (0, 2, 3, once):
+        found = Exact().estimate(calm[: 12 + once + repeats], n)
+        assert found.interval.reliable is (repeats >= 3)
+        assert found.interval.df == (repeats if repeats >= 3 else 10 + repeats)
+    rows = gather(calm, n)
+    _, unit = regression.exact(rows.rows)
+    assert rows.noise.full.sd is not None
+    assert rows.noise.repeats_sd is not None
+    variance = unit * rows.noise.repeats_sd**2 + rows.noise.full.sd**2 / 6 / n**2
+    np.testing.assert_allclose(found.se, np.sqrt(variance))
+    assert found.delta_se == pytest.approx(rows.noise.full.sd / math.sqrt(6))
 
 
 def test_exact_interval_holds_the_noise_of_the_measurements():

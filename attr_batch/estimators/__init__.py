@@ -66,8 +66,9 @@ class _Budgeted(Part):
     def plan(self, n: int) -> list[Entry]:
         """Return endpoints, the design's first `budget` entries, holdout, for n contributors.
 
-        A larger budget only adds entries. Where the design needs nearly all coalitions there is
-        less to hold out. SpecError below two contributors.
+        A larger budget only adds coalitions; with `reference` some may move from the holdout, which
+        goes on in its sequence, to the design. Where the design needs nearly all coalitions there
+        is less to hold out. SpecError below two contributors.
         """
         design.check_players(n)
         chosen = design.prefix(self._design(n), self.budget or min(6 * n, (1 << n) - 2))

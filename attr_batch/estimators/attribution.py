@@ -25,11 +25,17 @@ from attr_batch.estimators.regression import (
 
 PAIRS_PER_CONTRIBUTOR = 2.5  # with fewer, few degrees of freedom are left to judge the spread
 _FEWEST_HELD_OUT = 3
+_FEWEST_REPEATS = 3  # degrees of freedom
 
 
 @dataclass(frozen=True)
 class Interval:
-    """How the intervals were made. `reliable` is False below 2.5 n pairs."""
+    """How the intervals were made. `pairs` are complement pairs with both utilities.
+
+    `reliable` is False below 2.5 n pairs. With every coalition measured pairs do not matter, as
+    nothing was sampled: it is False where repeats between the endpoints have fewer than three
+    degrees of freedom, since the endpoints' own noise may be quite another.
+    """
 
     method: str
     confidence: float
@@ -63,7 +69,8 @@ class Attribution:
     """Shapley values of n contributors from `used` observations, by the estimator named.
 
     `se`, `low`, `high` are None where there is too little evidence (n pairs or fewer), `ls_values`
-    where the pairs do not determine them. `delta_se` is the standard error of v(N) - v(∅).
+    where the rows do not determine them. `delta_se` is the standard error of v(N) - v(∅), zero
+    where nothing tells it.
     """
 
     estimator: str
@@ -175,16 +182,14 @@ def attribute(
 ) -> Attribution:
     """Add to the values phi (n,) the interval of paired least squares and the holdout check."""
     rows, noise = evidence.rows, evidence.noise
-    ls_values, se, interval = _interval(rows, noise, confidence)
+    ls_values, se, delta_se, interval = _interval(rows, noise, confidence)
     reach = _student((1 + confidence) / 2, interval.df) if se is not None else 0.0
     return Attribution(
         estimator=estimator,
         values=_floats(phi),
         v_empty=rows.v_empty,
         v_full=rows.v_full,
-        delta_se=float(
-            np.sqrt(sum((m.sd or 0.0) ** 2 / m.replicates for m in (noise.empty, noise.full)))
-        ),
+        delta_se=delta_se,
         ls_values=None if ls_values is None else _floats(ls_values),
         se=None if se is None else _floats(se),
         low=None if se is None or ls_values is None else _floats(ls_values - reach * se),
@@ -204,37 +209,39 @@ def attribute(
 
 def _interval(
     rows: Rows, noise: Noise, confidence: float
-) -> tuple[Array | None, Array | None, Interval]:
+) -> tuple[Array | None, Array | None, float, Interval]:
+    """Return the least-squares values, their standard errors, that of v(N) - v(∅), and how."""
     n = rows.n
     if rows.complete:
         # Nothing was sampled: what is left is the noise of the measurements themselves.
         values, unit = exact(rows)
-        variance, df = noise.pooled
-        interval = Interval("replicates-t", confidence, df, rows.pairs, df >= 3)
-        if variance is None:
-            return values, None, interval
-        ends = sum(_end_variance(m, variance) for m in (noise.empty, noise.full)) / n**2
-        return values, np.sqrt(unit * variance + ends), interval
+        reliable = noise.repeats_df >= _FEWEST_REPEATS
+        variance, df = noise.repeats if reliable else noise.pooled
+        interval = Interval("replicates-t", confidence, df, rows.pairs, reliable)
+        ends = sum(_end_variances(noise, variance))
+        se = None if variance is None else np.sqrt(unit * variance + ends / n**2)
+        return values, se, ends**0.5, interval
     fit = paired_least_squares(rows)
-    evidence = rows.pairs + (len(rows.v) - 2 * rows.pairs) / 2  # a single row is half a pair
     values = fit.phi if fit.determined else None
-    enough = fit.determined and fit.variance is not None and evidence > n
-    reliable = enough and evidence >= PAIRS_PER_CONTRIBUTOR * n
+    enough = fit.determined and fit.variance is not None and rows.pairs > n
+    reliable = enough and rows.pairs >= PAIRS_PER_CONTRIBUTOR * n
     interval = Interval("paired-ls-hc2-t", confidence, max(fit.df, 0), rows.pairs, reliable)
-    if not enough or fit.variance is None:
-        return values, None, interval
     # An endpoint measured once: a row's residual variance, interactions included, bounds its noise.
-    unknown = fit.residual or 0.0
-    variance = (
-        fit.variance
-        + fit.by_empty**2 * _end_variance(noise.empty, unknown)
-        + fit.by_full**2 * _end_variance(noise.full, unknown)
-    )
-    return values, np.sqrt(variance), interval
+    empty, full = _end_variances(noise, fit.residual)
+    delta_se = (empty + full) ** 0.5
+    if not enough or fit.variance is None:
+        return values, None, delta_se, interval
+    variance = fit.variance + fit.by_empty**2 * empty + fit.by_full**2 * full
+    return values, np.sqrt(variance), delta_se, interval
 
 
-def _end_variance(mean: Mean, unknown: float) -> float:
-    return (unknown if mean.sd is None else mean.sd**2) / mean.replicates
+def _end_variances(noise: Noise, unknown: float | None) -> tuple[float, float]:
+    """Return the variances of v(∅) and v(N); `unknown` stands in where one was measured once."""
+
+    def variance(mean: Mean) -> float:
+        return ((unknown or 0.0) if mean.sd is None else mean.sd**2) / mean.replicates
+
+    return variance(noise.empty), variance(noise.full)
 
 
 def _check(

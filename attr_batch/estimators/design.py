@@ -11,8 +11,9 @@ under complement cannot leak into the values), walks the sizes by a low-discrepa
 never draws a pair twice before all are drawn. Balancing the contributors as well was measured and
 gained nothing, so members are drawn uniformly.
 
-Holdout and design are parted by a hash of the complement pair, the same for every seed: rows of
-several seeds can be pooled and the check stays a check.
+Holdout and paired design are parted by a hash of the complement pair, the same for every seed: rows
+of several seeds can be pooled and the check stays a check. `independent` draws from all coalitions,
+since its reading does not reweight; a plan then leaves out of the holdout what was drawn.
 """
 
 from __future__ import annotations
@@ -119,8 +120,6 @@ def independent(n: int, seed: int) -> Iterator[Entry]:
     while True:
         s = _inverse(dict(enumerate(p)), rng.random())
         coalition = Coalition(_subset(rng, n, s), n)
-        if held_out(coalition):
-            continue
         replicate = seen.get(coalition.mask, 0)
         seen[coalition.mask] = replicate + 1
         batch = index // (2 * batch_pairs(n))
@@ -160,8 +159,7 @@ def check_players(n: int) -> None:
     if n < 2:
         raise SpecError(
             f"{n} contributor{'s' if n != 1 else ''}: there is nothing to divide",
-            "data.contributor",
-            "choose a column or folder level that tells at least two contributors apart",
+            hint="choose two or more contributors",
         )
 
 

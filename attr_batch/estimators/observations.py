@@ -50,8 +50,13 @@ class Noise:
     repeated: int
 
     @property
+    def repeats(self) -> tuple[float | None, int]:
+        """Variance of one measurement between the endpoints, and its degrees of freedom."""
+        return (None if self.repeats_sd is None else self.repeats_sd**2, self.repeats_df)
+
+    @property
     def pooled(self) -> tuple[float | None, int]:
-        """Variance of one measurement over all replicates, and its degrees of freedom."""
+        """The same over all replicates, the endpoints' included."""
         parts = [
             (self.empty.sd, self.empty.replicates - 1),
             (self.full.sd, self.full.replicates - 1),
