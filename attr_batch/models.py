@@ -205,9 +205,12 @@ class UNet(Part):
 
     def inputs(self) -> dict[str, Any]:
         """Return what the trained model depends on, beside the data and the seed."""
+        return {**self.architecture(), "training": self.training.recipe()}
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what of `inputs` still matters once `base` says the weights: all but training."""
         recipe = self.recipe()
-        del recipe["base"]
-        return recipe
+        return {name: recipe[name] for name in recipe if name not in ("base", "training")}
 
     def check(self, channels: int, size: int) -> None:
         """Raise DataError if images of `channels` x `size` x `size` do not fit."""
@@ -277,12 +280,18 @@ class DiffusersFolder(Part):
 
     def inputs(self) -> dict[str, Any]:
         """Return what the model depends on: config, schedule and the weights' sha256."""
-        recipe = self.recipe()
-        del recipe["base"]
-        with self._weights.open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
-        folder = {"config": self.config, "schedule": self.schedule.recipe(), "weights": weights}
-        return {**recipe, **folder}
+        found = self._weights.stat()
+        weights = _file_sha256(self._weights, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        training = None if self.training is None else self.training.recipe()
+        return {**self.architecture(), "training": training, "weights": weights}
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what of `inputs` still matters once `base` says the weights.
+
+        The folder's own weights and how to go on training them do not.
+        """
+        pins = {"kind": self.kind, "size": self.size, "channels": self.channels}
+        return {**pins, "config": self.config, "schedule": self.schedule.recipe()}
 
     def check(self, channels: int, size: int) -> None:
         """Raise DataError if the folder cannot be used, or the images do not fit the model."""
@@ -377,6 +386,13 @@ def reinitialise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             if callable(reset):
                 reset()
     return module
+
+
+@functools.lru_cache(maxsize=8)
+def _file_sha256(path: Path, *_stamp: int) -> str:
+    """Return the sha256 of a file that is read anew only if its size or times changed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

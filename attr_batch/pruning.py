@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from attr_batch.errors import DataError, SpecError
-from attr_batch.models import Training
+from attr_batch.models import Model, Training
 from attr_batch.recipe import Part, digest
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class NoPruning(Part):
         """There is nothing to recover from."""
         return
 
+    def check(self, model: Model, channels: int, size: int) -> None:
+        """Raise SpecError if `model` cannot be pruned so: never."""
+
     def plan(self, module: torch.nn.Module, channels: int, size: int) -> PruningPlan:
         """Return the plan that keeps everything."""
         macs, parameters = count_macs(module, channels, size), count_parameters(module)
@@ -111,6 +114,10 @@ class Magnitude(Part):
     kind: Literal["magnitude"] = "magnitude"
     ratio: float = Field(default=0.5, gt=0, lt=1, description="Share of channels to remove.")
     recovery: Training = Training(steps=400, learning_rate=2e-3)
+
+    def check(self, model: Model, channels: int, size: int) -> None:
+        """Raise the SpecError that `plan` would: what is saved does not depend on the weights."""
+        self.plan(model.build(channels, size, 0), channels, size)
 
     def plan(self, module: torch.nn.Module, channels: int, size: int) -> PruningPlan:
         """Decide what to keep of `module` for images of `channels` x `size` x `size`.

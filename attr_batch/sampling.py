@@ -14,8 +14,10 @@ difference of two utilities.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,6 +52,10 @@ class Sampling(Part):
     # Which samples stay in the store does not change a number.
     keep: Annotated[Literal["none", "grid", "all"], UNHASHED] = "grid"
 
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raise SpecError if the solver cannot take so many steps of `schedule`; loads torch."""
+        solver_steps(self.solver, self.steps, schedule)
+
     def draw(
         self,
         model: torch.nn.Module,
@@ -64,7 +70,7 @@ class Sampling(Part):
 
         Raises:
             NumericsError: a sample is not finite.
-            Interrupted: `upkeep` said to stop.
+            Interrupted: `upkeep` said to stop, which it is asked after every step of the solver.
             SpecError: the solver has no such number of steps.
         """
         import torch
@@ -76,14 +82,18 @@ class Sampling(Part):
             model = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
         table = [torch.tensor(s.coefficients, dtype=torch.float32, device=device) for s in steps]
         drawn = []
+
+        def pause(done: int) -> None:
+            if upkeep.tick(done, self.images) and upkeep.stopping():
+                raise Interrupted(f"stopped after {done} of {self.images} samples")
+
         for start in range(0, self.images, self.batch):
             ids = torch.arange(start, min(start + self.batch, self.images), device=device)
             with torch.inference_mode():
-                x0 = _integrate(model, steps, table, ids, shape, seed, self.clip)
+                on_step = functools.partial(pause, start)
+                x0 = _integrate(model, steps, table, ids, shape, seed, self.clip, on_step)
             drawn.append(_to_uint8(x0).cpu().numpy())
-            done = start + len(ids)
-            if upkeep.tick(done, self.images) and upkeep.stopping():
-                raise Interrupted(f"stopped after {done} of {self.images} samples")
+            pause(start + len(ids))
         return np.concatenate(drawn)
 
 
@@ -177,8 +187,9 @@ def _integrate(
     shape: tuple[int, int, int],
     seed: int,
     clip: float | None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Return the samples with these ids: float32 (B, c, h, w)."""
+    """Return the samples with these ids: float32 (B, c, h, w); call `on_step` after every step."""
     import torch
 
     from attr_batch import ops
@@ -192,6 +203,7 @@ def _integrate(
         answer = model(x.to(dtype), t, return_dict=False)[0]
         x, x0 = ops.solver_step(x, answer, earlier, k, ids, seed, i, bound)
         earlier = [x0, *earlier][:MAX_HISTORY]
+        on_step()
     return x
 
 

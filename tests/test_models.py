@@ -134,6 +134,14 @@ def test_inputs_do_not_name_the_pinned_base():
     assert UNet(training=Training(steps=1)).inputs() != UNet().inputs()
 
 
+def test_a_pinned_base_leaves_the_architecture_and_the_schedule():
+    plain = UNet().architecture()
+    assert UNet(base="abc", training=Training(steps=1)).architecture() == plain
+    others = [{"dropout": 0.1}, {"size": 8}, {"schedule": NoiseSchedule(timesteps=9)}]
+    assert all(UNet(**other).architecture() != plain for other in others)
+    assert plain.keys() == UNet.model_fields.keys() - {"base", "training"}
+
+
 # -- a diffusers folder ----------------------------------------------------------------------------
 
 
@@ -175,6 +183,35 @@ def test_folder_is_known_by_content_not_by_place(folder, tmp_path_factory):
     weights = next(other.rglob(WEIGHTS))
     small_model(seed=1).save_pretrained(weights.parent)
     assert DiffusersFolder(path=str(other)).inputs()["weights"] != inputs["weights"]
+
+
+def test_a_pinned_base_leaves_of_a_folder_all_but_its_weights_and_training(folder):
+    part = DiffusersFolder(path=str(folder))
+    plain, before = part.architecture(), part.inputs()
+    small_model(seed=1).save_pretrained(next(folder.rglob(WEIGHTS)).parent)
+    again = DiffusersFolder(path=str(folder), training=Training(), base="abc")
+    assert again.architecture() == plain
+    assert again.inputs() != before
+    assert again.inputs() == {
+        **plain,
+        "training": Training().recipe(),
+        "weights": again.inputs()["weights"],
+    }
+    edit(next(folder.rglob("scheduler_config.json")), num_train_timesteps=9)
+    assert part.architecture() != plain
+    assert DiffusersFolder(path=str(folder), size=8).architecture() != part.architecture()
+
+
+def test_weights_are_hashed_once_until_they_change(folder, monkeypatch):
+    import hashlib
+
+    hashed, really = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *a: hashed.append(a) or really(*a))
+    first = DiffusersFolder(path=str(folder)).inputs()
+    assert DiffusersFolder(path=str(folder)).inputs() == first
+    assert len(hashed) == 1
+    small_model(seed=1).save_pretrained(next(folder.rglob(WEIGHTS)).parent)
+    assert DiffusersFolder(path=str(folder)).inputs() != first
 
 
 def half_weights(folder):

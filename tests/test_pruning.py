@@ -179,6 +179,24 @@ def test_a_ratio_the_norm_groups_cannot_hold_is_refused():
     assert caught.value.problems[0].where == "pruning.ratio"
 
 
+def test_the_check_says_before_training_what_the_plan_would_say_after_it():
+    part = UNet(norm_num_groups=8)
+    with pytest.raises(SpecError, match=r"got 0.106 .* wanted about 0.062"):
+        Magnitude(ratio=0.75).check(part, 1, 8)
+    Magnitude(ratio=0.5).check(part, 1, 8)
+    NoPruning().check(part, 1, 8)
+
+
+def test_what_a_plan_saves_does_not_depend_on_the_weights(net):
+    part, channels, size = net
+    one, two = (
+        Magnitude(ratio=0.3).plan(part.build(channels, size, seed), channels, size)
+        for seed in (0, 1)
+    )
+    assert (one.macs, one.parameters) == (two.macs, two.parameters)
+    assert one.kept != two.kept
+
+
 @given(st.integers(1, 32), st.integers(1, 16), st.floats(0.01, 0.99))
 def test_widths_fit_blocks_and_are_nearest(blocks, per_block, ratio):
     channels = blocks * per_block

@@ -110,8 +110,9 @@ def test_clipping_is_glides():
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_more_steps_than_times_are_refused(solver):
     with pytest.raises(SpecError) as caught:
-        solver_steps(solver, 30, NoiseSchedule(timesteps=20))
+        Sampling(solver=solver, steps=30).check(NoiseSchedule(timesteps=20))
     assert caught.value.problems[0].where == "sampling.steps"
+    Sampling(solver=solver, steps=5).check(NoiseSchedule(timesteps=20))
 
 
 # -- draw ------------------------------------------------------------------------------------------
@@ -174,10 +175,24 @@ def test_a_nan_is_a_numerics_error():
 
 def test_interruption_between_batches():
     ticks = []
-    upkeep = Upkeep(lambda *a: ticks.append(a), stopping=lambda: True)
+    upkeep = Upkeep(lambda *a: ticks.append(a), stopping=lambda: len(ticks) > 1, seconds=0)
     with pytest.raises(Interrupted, match="4 of 10"):
-        draw(upkeep=upkeep)
-    assert [t[0] for t in ticks] == [4]
+        draw(upkeep=upkeep, steps=1)
+    assert [t[0] for t in ticks] == [0, 4]
+
+
+def test_interruption_within_a_batch():
+    asked = []
+
+    class Asked(torch.nn.Linear):
+        def forward(self, x, t, return_dict):
+            asked.append(t)
+            return (x,)
+
+    upkeep = Upkeep(stopping=lambda: len(asked) == 2, seconds=1e9)
+    with pytest.raises(Interrupted, match="0 of 10"):
+        draw(model=Asked(1, 1), batch=10, steps=4, upkeep=upkeep)
+    assert len(asked) == 2
 
 
 def test_what_is_kept_is_no_part_of_the_recipe():
