@@ -64,7 +64,7 @@ _LIMITATIONS = (
     "v(empty) is the score of a network without any training (or of the base without adapter). "
     "Its noise images can score oddly high or low, and the values add up to the difference to it.",
     "The counterfactual is a stand-in: instead of training a model from scratch for every "
-    "coalition, the given procedure approximates it. `attr-batch validate` measures how well.",
+    "coalition, the given procedure approximates it. This job does not measure how well.",
     "The number of coalitions is a budget. With few of them the ranks of neighbours are a toss-up "
     "even where the totals are sound; read the intervals, not the order.",
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import fcntl
 import hashlib
 import hmac
 import io
@@ -25,9 +26,11 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +49,7 @@ MAX_PARAM, MAX_TAG, MAX_KEY, MAX_DIGEST = 6000, 8000, 250, 36  # characters, MLf
 MAX_BATCH, MAX_METRICS = 100, 1000  # params or tags, and metrics, in one request
 LONGEST_STRING = 64  # contributors up to which a child is named by its 0/1 string, then by hex
 PATIENCE = 60.0  # seconds without a try after MLflow was found down
+SYNC_WAIT, END_WAIT = 5.0, 20.0  # seconds to wait while another process writes the mirror
 # A server that is away must cost seconds, not the minutes of MLflow's own defaults.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -123,7 +127,7 @@ def secret_key(folder: Path) -> bytes:
         raise StoreError(
             f"the key of the pseudonyms cannot be kept: {error.strerror}",
             str(path),
-            "make the folder writable, or set tracking.key_env",
+            "let this user write the folder and read the file, or set tracking.key_env",
         ) from error
     if len(key) != 32:
         raise StoreError(
@@ -244,90 +248,149 @@ class Pseudonyms:
 def mirror(tracking: Tracking, spec_digest: str, work: Path, default_uri: str) -> Mirror | None:
     """Return the mirror that the job asks for, None if it asks for none.
 
-    `work` is the store's local work folder, which keeps the default key. SpecError if the
-    environment variable named by `tracking.key_env` is empty.
+    `work` is the store's local work folder, which keeps the default key and the lock. None, with a
+    warning, if that key cannot be had: names are never sent instead. SpecError if the environment
+    variable named by `tracking.key_env` is empty.
     """
     if not tracking.enabled:
         return None
     key = None
     if tracking.contributors == "pseudonyms":
         if tracking.key_env is None:
-            key = secret_key(work)
+            try:
+                key = secret_key(work)
+            except StoreError as error:
+                (problem,) = error.problems
+                warn(f"MLflow is not written: {problem.where}: {problem.what}", problem.hint)
+                return None
         elif not (key := os.environ.get(tracking.key_env, "").encode()):
             raise SpecError(
                 f"the environment variable {tracking.key_env} is not set",
                 "tracking.key_env",
                 "set it to a long random text, or leave key_env out",
             )
-    return Mirror(tracking.uri or default_uri, tracking.experiment, spec_digest, key)
+    uri = tracking.uri or default_uri
+    return Mirror(uri, tracking.experiment, spec_digest, key, work / "mlflow.lock")
+
+
+def public_uri(uri: str) -> str:
+    """Return a URI without user, password and query, fit to be shown."""
+    if uri.startswith(("sqlite:", "file:")):
+        return uri
+    # To the last @ and not the first /: SQLAlchemy takes a password with either in it.
+    return re.sub(r"\?.*", "?…", re.sub(r"//.*@", "//…@", uri))
+
+
+def where_to_look(uri: str) -> str:
+    """Return what the terminal shows: a server's address, else the command that shows a store."""
+    shown = public_uri(uri)
+    if shown.startswith(("http://", "https://")):
+        return shown
+    return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
 
 
 class Mirror:
-    """Keeps one job's runs in MLflow equal to a snapshot. Not for use by two processes at once.
+    """Keeps one job's runs in MLflow equal to a snapshot.
 
-    `key` None sends contributors' own ids. No method raises because of MLflow: the first failure
+    `key` None sends contributors' own ids. Processes that hold `lock` write one after the other,
+    so none creates what another is creating. No method raises because of MLflow: the first failure
     is a warning, and further tries are at least `PATIENCE` seconds apart.
     """
 
-    def __init__(self, uri: str, experiment: str, spec_digest: str, key: bytes | None) -> None:
+    def __init__(
+        self, uri: str, experiment: str, spec_digest: str, key: bytes | None, lock: Path
+    ) -> None:
         self._uri, self._experiment = uri, experiment
-        self._spec_digest, self._key = spec_digest, key
+        self._spec_digest, self._key, self._lock = spec_digest, key, lock
         self._client: Any = None
         self._experiment_id = ""
         self._parent: str | None = None
-        self._children: dict[str, str] | None = None  # run key -> "done" or the unfinished run's id
+        self._done: set[str] = set()  # run keys of the children that are there
         self._sent: dict[str, str] = {}  # artifact -> sha256 of what was last uploaded
+        self._shown: Snapshot | None = None  # what MLflow shows already
         self._warned, self._again = False, 0.0
 
     def sync(self, snapshot: Snapshot) -> bool:
-        """Make MLflow show this snapshot, with the parent RUNNING; False if MLflow is away."""
-        return time.monotonic() >= self._again and self._attempt(lambda: self._sync(snapshot))
+        """Make MLflow show this snapshot, with the parent RUNNING.
+
+        False if MLflow is away, or written by another process for long.
+        """
+        if time.monotonic() < self._again:
+            return False
+        return self._attempt(lambda: self._sync(snapshot), SYNC_WAIT)
 
     def end(self, status: Status, snapshot: Snapshot | None = None) -> bool:
         """Show the last snapshot, if there is one, and give the parent its final status.
 
-        Always tries, however short ago MLflow was away; False if it still is.
+        Always tries, however short ago MLflow was away; False if either could not be written. The
+        status does not depend on the snapshot: a run nobody works on must not stay RUNNING.
         """
 
         def end() -> None:
-            if snapshot is not None:
-                self._sync(snapshot)
             self._connect()
-            parent = self._parent or self._find_parent()
-            if parent is not None:
-                self._client.set_terminated(parent, status)
+            try:
+                if snapshot is not None:
+                    self._sync(snapshot)
+            finally:
+                parent = self._parent or self._find_parent()
+                if parent is not None:
+                    self._client.set_terminated(parent, status)
 
-        return self._attempt(end)
+        return self._attempt(end, END_WAIT)
 
-    def _attempt(self, work: Callable[[], None]) -> bool:
+    def _attempt(self, work: Callable[[], None], wait: float) -> bool:
         try:
-            work()
+            with self._locked(wait):
+                work()
         except Exception as error:  # whatever a mirror's store throws, the work goes on
             self._again = time.monotonic() + PATIENCE
-            self._client = self._parent = self._children = None
+            self._client = self._parent = self._shown = None
+            self._done.clear()
             self._sent.clear()
             if not self._warned:
                 self._warned = True
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                uri = public_uri(self._uri)
+                reason = str(error).replace(self._uri, uri).strip() or type(error).__name__
                 warn(
-                    f"MLflow at {_public(self._uri)} is not written: "
-                    f"{reason[:300].replace(self._uri, _public(self._uri))}",
+                    f"MLflow at {uri} is not written: {reason.splitlines()[0][:300]}",
                     "work goes on; `attr-batch sync` catches up",
                 )
             return False
         return True
 
+    @contextmanager
+    def _locked(self, wait: float) -> Iterator[None]:
+        """Hold the lock; TimeoutError if another process keeps it for more than `wait` seconds."""
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        last = time.monotonic() + wait
+        with self._lock.open("a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= last:
+                        raise TimeoutError("another process is writing it") from None
+                    time.sleep(0.05)
+                except OSError:  # a file system without locks
+                    break
+            yield
+
     def _sync(self, snapshot: Snapshot) -> None:
+        if snapshot == self._shown:
+            return
+        sent = snapshot
         if self._key is not None:
-            snapshot = Pseudonyms(self._key, snapshot.roster).snapshot(snapshot)
+            sent = Pseudonyms(self._key, snapshot.roster).snapshot(snapshot)
         self._connect()
         if self._parent is None:
-            self._parent = self._find_parent() or self._create_parent(snapshot)
+            self._parent = self._find_parent() or self._create_parent(sent)
             self._client.update_run(self._parent, status="RUNNING")
-        self._send_facts(self._parent, snapshot)
-        self._send_children(self._parent, snapshot)
-        for name, content in _artifacts(snapshot):
+        self._send_facts(self._parent, sent)
+        self._send_children(self._parent, sent)
+        for name, content in _artifacts(sent):
             self._upload(self._parent, name, content)
+        self._shown = snapshot
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -403,12 +466,13 @@ class Mirror:
             self._client.log_inputs(parent, inputs)
 
     def _send_children(self, parent: str, snapshot: Snapshot) -> None:
-        if self._children is None:
-            self._children = dict(self._find_children(parent))
+        if self._done.issuperset(child.key for child in snapshot.children):
+            return
+        found = dict(self._find_children(parent))  # another process may have sent some meanwhile
         for child in snapshot.children:
-            if self._children.get(child.key) != "done":
-                self._send_child(parent, child, self._children.get(child.key))
-                self._children[child.key] = "done"
+            if found.get(child.key) != "done":
+                self._send_child(parent, child, found.get(child.key))
+        self._done = {child.key for child in snapshot.children}
 
     def _find_children(self, parent: str) -> Iterator[tuple[str, str]]:
         """Yield (run key, "done" or the id of a run that was begun and not finished)."""
@@ -595,11 +659,6 @@ def _key(name: str) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _public(uri: str) -> str:
-    """Return a URI without user and password."""
-    return re.sub(r"//[^/@]*@", "//…@", uri)
 
 
 def _json(value: Any) -> bytes:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sample_report import HOSTILE, job, names
 
-from attr_batch import figures, report
+from attr_batch import cli, figures, report
 
 VOID = {"meta", "img", "br", "hr", "line", "rect", "circle", "polygon"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -349,6 +349,12 @@ def test_grids_are_in_the_page_as_they_are():
     assert sheets == [grid["png_base64"] for grid in evidence["grids"]]
     width, height = Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size
     assert (width, height) == (3 * (8 * 9 - 1), 3 * (2 * 9 - 1))
+
+
+def test_the_page_names_no_command_that_does_not_exist():
+    for command in re.findall("`attr-batch ([a-z]+)", report.page(*job())):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main([command, "--help"])
 
 
 def test_report_leaves_torch_out():

@@ -1,12 +1,17 @@
 """The mirror against a real SQLite store: idempotent, within the limits, and without names."""
 
 import base64
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
+import shlex
 import socket
 import sqlite3
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +73,7 @@ def snapshot(n=4, pairs=6, *, ids=None, finished=True, **spec) -> Snapshot:
 def empty_store(tmp_path_factory) -> bytes:
     """The bytes of a database with MLflow's tables, which take seconds to create."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mirror = Mirror(f"sqlite:///{path}", "attr-batch", "0" * 64, KEY)
+    mirror = Mirror(f"sqlite:///{path}", "attr-batch", "0" * 64, KEY, path.with_name("lock"))
     assert mirror.end("FINISHED")
     return path.read_bytes()
 
@@ -81,7 +86,8 @@ def store(tmp_path, empty_store) -> Path:
 
 
 def mirror_of(store: Path, key: bytes | None = KEY, experiment: str = "job") -> Mirror:
-    return Mirror(f"sqlite:///{store}", experiment, SPEC_DIGEST, key)
+    lock = store.with_name("mlflow.lock")
+    return Mirror(f"sqlite:///{store}", experiment, SPEC_DIGEST, key, lock)
 
 
 def client_of(store: Path):
@@ -161,6 +167,7 @@ def test_syncing_again_changes_nothing(store):
     first = mirror_of(store)
     assert first.sync(shot)
     before = runs_of(store), artifacts_of(store)
+    assert first.sync(replace(shot, progress={**shot.progress, "failed": 2}))
     assert first.sync(shot)
     assert mirror_of(store).sync(shot)  # another process
     after = runs_of(store), artifacts_of(store)
@@ -171,6 +178,16 @@ def test_syncing_again_changes_nothing(store):
         after[0][0][0].info.run_id, "cluster_entropy/v_full"
     )
     assert len(history) == 1
+
+
+def test_an_unchanged_snapshot_is_not_drawn_again(store, monkeypatch):
+    mirror = mirror_of(store)
+    assert mirror.sync(snapshot())
+    monkeypatch.delattr(tracking, "_artifacts")
+    assert mirror.sync(snapshot())
+    assert mirror.end("FINISHED", snapshot())
+    assert runs_of(store)[0][0].info.status == "FINISHED"
+    assert not mirror.sync(snapshot(name="renamed"))
 
 
 def test_a_job_grows_is_killed_and_resumes_under_the_same_run(store):
@@ -190,6 +207,58 @@ def test_a_job_grows_is_killed_and_resumes_under_the_same_run(store):
     assert len(children) == len(shot.children)
     assert again.end("FAILED")
     assert runs_of(store)[0][0].info.status == "FAILED"
+
+
+def end_together(store: Path, start, ended) -> None:
+    """End the mirror of a whole job at the same time as another process does."""
+    mirror = mirror_of(store)
+    mirror._connect()  # imports MLflow
+    start.wait(60)
+    ended.put(mirror.end("FINISHED", snapshot()))
+
+
+def test_two_processes_at_once_create_each_run_once(store):
+    assert mirror_of(store).end("RUNNING")  # the experiment
+    spawn = multiprocessing.get_context("spawn")
+    start, ended = spawn.Barrier(2), spawn.Queue()
+    both = [spawn.Process(target=end_together, args=(store, start, ended)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert [ended.get(timeout=60) for _ in both] == [True, True]
+    for process in both:
+        process.join()
+    (parent,), children = runs_of(store)
+    assert parent.info.status == "FINISHED"
+    keys = sorted(c.data.tags["attr_batch.run_key"] for c in children)
+    assert keys == sorted(c.key for c in snapshot().children)
+
+
+def test_what_another_process_sent_meanwhile_is_not_sent_again(store):
+    first = mirror_of(store)
+    assert first.sync(snapshot(finished=False))
+    assert mirror_of(store).end("FINISHED", snapshot())
+    assert first.end("FINISHED", snapshot())
+    assert len(runs_of(store)[1]) == len(snapshot().children)
+
+
+def test_a_mirror_that_another_process_keeps_is_left_to_it(store, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "SYNC_WAIT", 0.1)
+    monkeypatch.setattr(tracking, "END_WAIT", 0.1)
+    mirror = mirror_of(store)
+    with store.with_name("mlflow.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not mirror.sync(snapshot())
+        assert not mirror.end("FINISHED", snapshot())
+    assert "another process is writing it" in capsys.readouterr().err
+    assert mirror.end("FINISHED", snapshot())
+
+
+def test_a_file_system_without_locks_is_mirrored_too(store, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert mirror_of(store).sync(snapshot())
 
 
 def test_a_child_left_half_written_is_completed(store):
@@ -302,11 +371,11 @@ def closed_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_a_server_that_is_down_is_one_warning_and_quick(capsys, monkeypatch):
+def test_a_server_that_is_down_is_one_warning_and_quick(capsys, monkeypatch, tmp_path):
     for name in tracking.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     uri = f"http://me:hidden@127.0.0.1:{closed_port()}"
-    mirror = Mirror(uri, "job", SPEC_DIGEST, KEY)
+    mirror = Mirror(uri, "job", SPEC_DIGEST, KEY, tmp_path / "lock")
     start = time.monotonic()
     assert not mirror.sync(snapshot())
     assert not mirror.sync(snapshot())
@@ -330,6 +399,50 @@ def test_a_mirror_that_was_down_catches_up(store, monkeypatch):
     assert len(children) == len(snapshot().children)
 
 
+def test_the_parent_gets_its_status_although_the_snapshot_cannot_be_shown(store, monkeypatch):
+    mirror = mirror_of(store)
+    assert mirror.sync(snapshot(finished=False))
+    monkeypatch.delattr(tracking, "_artifacts")
+    assert not mirror.sync(snapshot())
+    assert mirror.end("FAILED")  # at once, whatever PATIENCE says
+    assert runs_of(store)[0][0].info.status == "FAILED"
+    assert not mirror.end("KILLED", snapshot())
+    assert runs_of(store)[0][0].info.status == "KILLED"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:hidden@host:5000/a", "http://…@host:5000/a"),
+        ("https://host/a", "https://host/a"),
+        ("postgresql://me:hid/den@hidden@host/db", "postgresql://…@host/db"),
+        ("mysql+pymysql://host/db?password=hidden", "mysql+pymysql://host/db?…"),
+        ("sqlite:////home/me@work/what?/mlflow.db", "sqlite:////home/me@work/what?/mlflow.db"),
+    ],
+)
+def test_a_uri_is_shown_without_its_secrets(uri, shown):
+    assert tracking.public_uri(uri) == shown
+    look = shlex.split(tracking.where_to_look(uri))
+    assert look[-1] == shown
+    command = [] if uri.startswith("http") else ["mlflow", "ui", "--backend-store-uri"]
+    assert look[:-1] == command
+
+
+def test_a_long_reason_does_not_cut_through_the_password(store, monkeypatch, capsys):
+    mirror = mirror_of(store)
+    uri = "postgresql://me:hidden@host/db"
+
+    def fail():
+        raise ValueError("x" * 278 + uri)
+
+    monkeypatch.setattr(mirror, "_uri", uri)
+    monkeypatch.setattr(mirror, "_connect", fail)
+    assert not mirror.end("FAILED")
+    said = capsys.readouterr().err
+    assert "xxx" in said
+    assert "hidden" not in said
+
+
 def test_the_users_own_environment_stays(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     mirror_of(store).end("FINISHED")
@@ -351,6 +464,14 @@ def test_the_default_key_is_made_once_and_private(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be kept"):
         secret_key(tmp_path / "file")
+
+
+def test_without_its_key_nothing_is_mirrored_and_work_goes_on(tmp_path, capsys):
+    (tmp_path / "pseudonym.key").mkdir()  # as unreadable as another user's file
+    assert tracking.mirror(Tracking(), SPEC_DIGEST, tmp_path, "sqlite:///d.db") is None
+    said = capsys.readouterr().err
+    assert f"MLflow is not written: {tmp_path}/pseudonym.key: the key of the pseudonyms" in said
+    assert "tracking.key_env" in said
 
 
 def test_the_spec_decides_who_is_mirrored_and_how(tmp_path, monkeypatch):
