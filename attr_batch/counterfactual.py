@@ -12,9 +12,10 @@ restarted for each coalition; `ema: continued` is the published one, kept to sho
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -56,6 +57,9 @@ class Base:
     channels: int
     size: int
     device: str
+    _read: dict[Start, torch.nn.Module] = field(  # on the CPU, for `module` to copy
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -64,18 +68,23 @@ class Base:
 
     def module(self, start: Start) -> torch.nn.Module:
         """Return a module of its own with the trained weights of `dense` or `pruned`."""
-        module = self.fresh(start, seed=0)
-        if start != "fresh":
-            load_weights(module, self._weights(start))
-        return module.to(self.device)
+        if start not in self._read:
+            module = self._built(start, seed=0)
+            if start != "fresh":
+                load_weights(module, self._weights(start))
+            self._read[start] = module
+        return copy.deepcopy(self._read[start]).to(self.device)
 
     def fresh(self, start: Start, seed: int) -> torch.nn.Module:
         """Return the same architecture as `start`, freshly initialised: a function of `seed`."""
+        return self._built(start, seed).to(self.device)
+
+    def _built(self, start: Start, seed: int) -> torch.nn.Module:
         seed = derive_seed("initial weights", seed)
         module: Any = self.model.build(self.channels, self.size, seed)
         if start == "pruned" and self.plan.kept:
             reinitialise(self.plan.apply(module), seed)
-        return module.to(self.device)
+        return module
 
     def long_ema(self, start: Start, module: torch.nn.Module) -> Ema:
         """Return the long-running average of the base's training, to be continued on `module`."""
@@ -87,7 +96,12 @@ class Base:
         return ema
 
     def reference(self, subject: Subject, seed: int | None = None) -> torch.nn.Module:
-        """Return the trained or the pruned model, or the untrained one of `seed`."""
+        """Return the trained or the pruned model, or the untrained one of `seed`.
+
+        The first two are the last weights, not their average, from which the published system
+        samples: the very weights that coalitions start from, so that the difference between the two
+        is what pruning does.
+        """
         if subject == "untrained":
             return self.fresh("dense", seed or 0)
         return self.module("pruned" if subject == "pruned" else "dense").eval()

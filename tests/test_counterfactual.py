@@ -19,7 +19,14 @@ from attr_batch.counterfactual import (
 )
 from attr_batch.errors import DataError, Interrupted, SpecError
 from attr_batch.log import Upkeep
-from attr_batch.models import DiffusersFolder, NoiseSchedule, Training, UNet, save_weights
+from attr_batch.models import (
+    DiffusersFolder,
+    NoiseSchedule,
+    Training,
+    UNet,
+    load_weights,
+    save_weights,
+)
 from attr_batch.pruning import Magnitude, NoPruning
 from attr_batch.training import to_unit
 
@@ -206,6 +213,29 @@ def test_references_are_what_was_written(base):
     assert bits(base.reference("trained")) == bits(base.module("dense"))
     assert bits(base.reference("pruned")) == bits(base.module("pruned"))
     assert loss(base.reference("pruned")) < loss(base.fresh("pruned", 0)) / 1.7
+
+
+def test_weights_are_read_once_and_every_module_is_one_of_its_own(base, monkeypatch):
+    from attr_batch import counterfactual
+
+    def from_disk(start, folder):
+        module = base.fresh(start, 9)
+        load_weights(module, folder / f"{start}.safetensors")
+        return module
+
+    read = []
+    monkeypatch.setattr(
+        counterfactual, "load_weights", lambda *a: read.append(a[1].name) or load_weights(*a)
+    )
+    anew = load_base(MODEL, base.dense, base.pruned, 1, 4)
+    for start, folder in (("dense", base.dense), ("pruned", base.pruned)):
+        wanted = bits(from_disk(start, folder))
+        first = anew.module(start)
+        assert bits(first) == wanted
+        for parameter in first.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert bits(anew.module(start)) == wanted
+    assert read == ["dense.safetensors", "pruned.safetensors"]
 
 
 def test_without_pruning_the_dense_model_is_fine_tuned(base, tmp_path):
