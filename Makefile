@@ -18,7 +18,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	  echo "error: Python 3.11 or newer is needed"; \
 	  echo "  hint: apt-get install python3 python3-venv, or make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
-	  echo "error: the venv module is missing"; \
+	  rm -rf $(VENV); echo "error: the venv module is missing"; \
 	  echo "  hint: apt-get install python3-venv"; exit 1; }
 	@command -v g++ > /dev/null || { \
 	  echo "warning: no C++ compiler: the reference ops will be used"; \
@@ -50,9 +50,10 @@ types: setup
 	$(BIN)/pyright
 
 bench: setup ## run the benchmarks, write benchmarks/results/*.json
-	$(BIN)/python benchmarks/estimators.py --json > benchmarks/results/estimators.json
-	$(BIN)/python benchmarks/ops.py --json > benchmarks/results/ops.json
-	$(BIN)/python benchmarks/demo.py --json > benchmarks/results/demo.json
+	for name in estimators ops demo; do \
+	  $(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.new || exit 1; \
+	  mv benchmarks/results/$$name.new benchmarks/results/$$name.json; \
+	done
 
 clean: ## remove the environment and build outputs
 	rm -rf $(VENV) build *.egg-info attr_batch/*.so

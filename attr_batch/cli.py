@@ -6,6 +6,7 @@ Imports are inside the commands: `--help` and the commands that only read answer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     design.add_argument("--players", type=int, required=True, metavar="N", help="contributors")
     design.add_argument("--budget", type=int, metavar="M", help="number of design evaluations")
     design.add_argument("--estimator", default="ridge", metavar="KIND")
-    design.add_argument("--seed", type=int, default=0, metavar="S")
+    design.add_argument("--seed", type=int, metavar="S")
     design.add_argument("--json", action="store_true", help="print JSON instead of CSV")
 
     example = "attr-batch attribute values.csv --estimator ridge --json"
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--estimator", default="ridge", metavar="KIND")
     attribute.add_argument("--semivalue", default="shapley", metavar="KIND")
     attribute.add_argument("--confidence", type=float, default=0.95, metavar="C")
-    attribute.add_argument("--seed", type=int, default=0, metavar="S")
+    attribute.add_argument("--seed", type=int, metavar="S")
     attribute.add_argument("--json", action="store_true", help="print JSON on stdout")
 
     doctor = add("doctor", _doctor, "show devices, native ops and versions", "attr-batch doctor")
@@ -162,7 +163,7 @@ def _shard(text: str | None) -> tuple[int, int]:
             return 0, 1
         text, place = f"{index}/{count}", "JOB_COMPLETION_INDEX/ATTR_BATCH_SHARDS"
     i, slash, n = text.partition("/")
-    if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+    if not (slash and text.isascii() and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise SpecError(
             f"got {text!r}, wanted I/N with 0 <= I < N", place, "for example --shard 0/4"
         )
@@ -201,6 +202,7 @@ def _show_results(job: Any, attribution: dict[str, Any], arguments: argparse.Nam
 def _check(arguments: argparse.Namespace) -> None:
     job = _open(arguments)
     _ = job.dataset  # decodes every image: all that can be wrong with them is known before work
+    job.check_numbers()
     facts = {
         "contributors": len(job.card.roster),
         "images": sum(c.images for c in job.card.roster.contributors),
@@ -239,6 +241,7 @@ def _sync(arguments: argparse.Namespace) -> None:
 
 def _repair(arguments: argparse.Namespace) -> None:
     from attr_batch.ledger import Ledger
+    from attr_batch.results import damaged_report
     from attr_batch.spec import load
 
     ledger = Ledger(load(arguments.job, arguments.overrides).store)
@@ -246,6 +249,14 @@ def _repair(arguments: argparse.Namespace) -> None:
     for name, reason in ledger.bad_files():
         moved = None if arguments.dry_run else ledger.quarantine(name)
         found.append({"file": name, "reason": reason, "moved_to": moved})
+    with contextlib.suppress(
+        AttrBatchError
+    ):  # where data are away, the facts are mended all the same
+        name = damaged_report(_open(arguments))
+        if name is not None:
+            moved = None if arguments.dry_run else ledger.quarantine(name)
+            reason = "is not what the value files say"
+            found.append({"file": name, "reason": reason, "moved_to": moved})
     if arguments.json:
         _print_json(found)
         return
@@ -284,13 +295,14 @@ def _gc(arguments: argparse.Namespace) -> None:
 # -- without a job --------------------------------------------------------------------------------
 
 
-def _estimator(kind: str, **given: Any) -> Any:
-    """Return an estimator by its kind and the options that it knows."""
+def _estimator(kind: str, **options: Any) -> Any:
+    """Return an estimator by its kind and the options that were given."""
     from pydantic import TypeAdapter, ValidationError
 
     from attr_batch.estimators import Estimator
 
     adapter = TypeAdapter(Estimator)
+    given = {name: value for name, value in options.items() if value is not None}
     try:
         return adapter.validate_python({"kind": kind, **given})
     except ValidationError as error:
@@ -308,13 +320,10 @@ def _estimator(kind: str, **given: Any) -> Any:
 def _design(arguments: argparse.Namespace) -> None:
     from attr_batch.table import write_design
 
-    given = {"seed": arguments.seed, "budget": arguments.budget}
-    estimator = _estimator(
-        arguments.estimator, **{name: value for name, value in given.items() if value is not None}
-    )
+    estimator = _estimator(arguments.estimator, seed=arguments.seed, budget=arguments.budget)
     entries = estimator.plan(arguments.players)
     if arguments.json:
-        _print_json([{**vars(entry), "coalition": str(entry.coalition)} for entry in entries])
+        _print_json([{**vars(e), "coalition": str(e.coalition)} for e in entries])
     else:
         write_design(entries, sys.stdout)
 
@@ -323,7 +332,8 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from attr_batch.report import table
     from attr_batch.results import attribute
 
-    estimator = _estimator(arguments.estimator, confidence=arguments.confidence)
+    given = {"confidence": arguments.confidence, "seed": arguments.seed}
+    estimator = _estimator(arguments.estimator, **given)
     found = attribute(arguments.values, estimator, arguments.semivalue, arguments.players)
     _print_json(found) if arguments.json else print(table(found))
 

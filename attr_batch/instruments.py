@@ -13,6 +13,7 @@ real coalitions and the jump from ∅ leaks into every value.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -31,12 +32,14 @@ from attr_batch.recipe import Part
 
 if TYPE_CHECKING:
     import torch
+    from sklearn.cluster import KMeans
 
 WEIGHTS, CARD = "weights.safetensors", "card.json"
 BATCH = (
     256  # images a net sees at once; the last batch is filled up, so results do not depend on it
 )
 HELD_OUT = 5  # every fifth image of a label is kept from training, for the quoted accuracy
+STARTS = 4  # of k-means, of which the best is kept
 MIN_STEPS = 200  # so that a few hundred images are learned, too
 
 
@@ -63,13 +66,14 @@ class LabelClassifier(Part):
     ) -> None:
         """Train on four fifths of the data; write weights and card (accuracy on the last fifth).
 
-        The same data give the same bytes on one CPU thread. ValueError without labels; Interrupted
-        when stopped: nothing is written then, the next run fits anew.
+        The same data give the same bytes on a CPU, whatever the number of its threads. ValueError
+        without labels; Interrupted when stopped: nothing is written then, the next run fits anew.
         """
         if data.labels is None:
             raise ValueError("the data have no labels")
         held = held_out(data.labels)
-        net = self._train(data, data.labels, np.flatnonzero(~held), seed, upkeep, device)
+        with _one_thread():
+            net = self._train(data, data.labels, np.flatnonzero(~held), seed, upkeep, device)
         fitted = FittedClassifier(data.label_names, net, self._side(data.shape), device)
         card = {
             "instrument": self.recipe(),
@@ -131,7 +135,8 @@ class LabelClassifier(Part):
         x = torch.from_numpy(pixels(data.images[rows], self._side(data.shape))).to(device)
         y = torch.from_numpy(labels[rows]).to(device)
         noise = len(data.label_names)
-        with torch.random.fork_rng(devices=[]):
+        devices = [] if device == "cpu" else [torch.device(device)]
+        with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             net = self._net(data.shape, noise).to(device)
             batch = min(self.batch, len(x))
@@ -177,7 +182,7 @@ class FittedClassifier:
 
         count = len(images)
         found = np.empty((count, len(self.labels) + 1))
-        with torch.inference_mode():
+        with _one_thread(), torch.inference_mode():
             for start in range(0, count, BATCH):
                 part = pixels(images[start : start + BATCH], self.side)
                 padding = [(0, BATCH - len(part)), *[(0, 0)] * 3]
@@ -281,12 +286,11 @@ class PixelClusters(Part):
     def fit(
         self, data: Dataset, folder: Path, *, seed: int, upkeep: Upkeep, device: str = "cpu"
     ) -> None:
-        """Cluster all images; write centroids and card. Always on the CPU, whatever `device`.
+        """Cluster all images; write centroids and card. One CPU thread, whatever `device`.
 
-        DataError if there are fewer different images than clusters.
+        DataError if there are fewer different images than clusters; Interrupted when stopped
+        between two of the `STARTS`: nothing is written then, the next run fits anew.
         """
-        from sklearn.cluster import KMeans
-
         del device
         side = min(data.shape[1], self.resolution)
         x = pixels(data.images, side).reshape(len(data), -1)
@@ -294,9 +298,9 @@ class PixelClusters(Part):
         if different < self.clusters:
             what = f"{different} different images for {self.clusters} clusters"
             raise DataError(what, "properties: cluster_entropy", "set fewer `clusters`")
-        fitted = KMeans(self.clusters, n_init=4, random_state=seed % 2**32).fit(x)  # pyright: ignore[reportArgumentType]
-        upkeep.tick(1, 1)
-        counts = np.bincount(fitted.predict(x), minlength=self.clusters)
+        with _one_thread():
+            fitted = self._best(x, seed, upkeep)
+            counts = np.bincount(fitted.predict(x), minlength=self.clusters)
         card = {
             "instrument": self.recipe(),
             "seed": seed,
@@ -306,6 +310,19 @@ class PixelClusters(Part):
             "counts": counts.tolist(),
         }
         _write(folder, {"centroids": np.ascontiguousarray(fitted.cluster_centers_)}, card)
+
+    def _best(self, x: np.ndarray, seed: int, upkeep: Upkeep) -> KMeans:
+        """Return the tightest of `STARTS` clusterings."""
+        from sklearn.cluster import KMeans
+
+        random_state = np.random.RandomState(seed % 2**32)
+        found = []
+        for start in range(1, STARTS + 1):
+            found.append(KMeans(self.clusters, n_init=1, random_state=random_state).fit(x))  # pyright: ignore[reportArgumentType]
+            if upkeep.tick(start, STARTS) and upkeep.stopping() and start < STARTS:
+                hint = "run again: the fit starts anew"
+                raise Interrupted("stopped while clustering the images", hint=hint)
+        return min(found, key=lambda fitted: fitted.inertia_)
 
     def load(self, folder: Path, *, device: str = "cpu") -> FittedClusters:
         """Return the clusters fitted in `folder`; LedgerConflict if a file is missing or torn."""
@@ -331,16 +348,31 @@ class FittedClusters:
         """Return the nearest cluster, int64 (count,), of images (count, channels, size, size)."""
         c = self.centroids
         found = np.empty(len(images), np.int64)
-        for start in range(0, len(images), BATCH):
-            x = pixels(images[start : start + BATCH], self.side).astype(float)
-            distance = (c**2).sum(axis=1) - 2 * x.reshape(
-                len(x), -1
-            ) @ c.T  # less |x|^2, the same for all
-            found[start : start + len(x)] = distance.argmin(axis=1)
+        with _one_thread():
+            for start in range(0, len(images), BATCH):
+                x = pixels(images[start : start + BATCH], self.side).astype(float)
+                x = x.reshape(len(x), -1)
+                distance = (c**2).sum(axis=1) - 2 * x @ c.T  # less |x|^2, the same for all
+                found[start : start + len(x)] = distance.argmin(axis=1)
         return found
 
 
 Instrument = LabelClassifier | PixelClusters
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread within: how a sum is split among threads changes its last bits."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # -- pixels and files -----------------------------------------------------------------------------

@@ -7,9 +7,10 @@ computed anew by every command and every shard: nothing is coordinated, nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any, Literal
 
 from attr_batch import __version__, ops
 from attr_batch.coalition import Coalition, Contributor, Roster
-from attr_batch.counterfactual import Retrain
 from attr_batch.data import Dataset
-from attr_batch.errors import DataError, SpecError
+from attr_batch.errors import AttrBatchError, DataError, SpecError, StoreError
 from attr_batch.estimators import Entry
 from attr_batch.ledger import Ledger
 from attr_batch.properties import Instrument, Property
@@ -85,7 +85,8 @@ class Evaluation:
 
 def numerics(device: str) -> dict[str, Any]:
     """Return the numerics class: what may change bits without changing the recipe."""
-    visible = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "none")
+    visible = Path("/dev/nvidiactl").exists() and not hidden
     device = ("cuda" if visible else "cpu") if device == "auto" else device
     threads = {"threads": 1} if device == "cpu" else {}
     return {"device": device, "ops": ops.backend(device), "cohort": 1, **threads}
@@ -105,7 +106,12 @@ class Job:
     def dataset(self) -> Dataset:
         """The pixels. DataError lists everything that is wrong with them."""
         dataset = self.spec.data.load()
-        self._remember(DataCard.of(dataset))
+        card = DataCard.of(dataset)
+        if vars(self).setdefault("card", card) != card:
+            hint = "leave the data alone while a job runs; run again to begin with the new ones"
+            raise DataError("the data are not what they were when the job began", "data", hint)
+        with contextlib.suppress(DataError, StoreError):  # a store that is only read
+            self.ledger.store.replace(self._card_name, canonical(asdict(card)))
         return dataset
 
     @cached_property
@@ -121,21 +127,50 @@ class Job:
     def _card_name(self) -> str:
         return f"work/data/{digest([__version__, self.spec.data.fingerprint()])}.json"
 
-    def _remember(self, card: DataCard) -> None:
-        self.ledger.store.replace(self._card_name, canonical(asdict(card)))
-
     def check(self) -> None:
-        """Check what can be known before work: that data, model and properties fit together."""
+        """Check what can be known before work: that data, model and properties fit together.
+
+        Raises all problems at once, as the error of the first.
+        """
+        _ = self.card
+        checks = [
+            self._check_roster,
+            lambda: self.spec.model.check(self.card.channels, self.card.size),
+            self._check_base,
+            lambda: self.spec.counterfactual.check(self.spec.model),
+        ]
+        for i, prop in enumerate(self.spec.properties):
+            checks.append(
+                lambda prop=prop, i=i: prop.check(self.card.label_names, where=f"properties.{i}")
+            )
+        _raise_together(checks)
+
+    def check_numbers(self) -> None:
+        """Check what needs torch: that pruning and solver can do what the spec asks for."""
+        card, spec = self.card, self.spec
+        _raise_together(
+            [
+                lambda: spec.pruning.check(spec.model, card.channels, card.size),
+                lambda: spec.sampling.check(spec.model.schedule),
+            ]
+        )
+
+    def _check_roster(self) -> None:
         if len(self.card.roster) < 2:
             raise SpecError("one contributor: there is nothing to share out", "data")
-        self.spec.model.check(self.card.channels, self.card.size)
-        if isinstance(self.spec.counterfactual, Retrain):
-            self.spec.counterfactual.check(self.spec.model)
-        for i, prop in enumerate(self.spec.properties):
-            prop.check(self.card.label_names, where=f"properties.{i}")
-        if self.spec.model.base is not None and self.ledger.thing("bases", self.dense_id) is None:
+
+    def _check_base(self) -> None:
+        if self.spec.model.base is None:
+            return
+        if self.ledger.thing("bases", self.dense_id) is None:
             hint = "`attr-batch status` of the job that trained it prints the id"
             raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
+        made = self.ledger.fact(f"bases/{self.dense_id}/manifest.json") or {}
+        theirs, ours = made["inputs"]["model"], self.model_inputs
+        differ = [key for key in self.spec.model.architecture() if theirs.get(key) != ours.get(key)]
+        if differ:
+            what = f"the base was made with another {', '.join(differ)}"
+            raise SpecError(what, "model.base", "describe the model as the base's job did")
 
     # -- ids and keys -----------------------------------------------------------------------------
 
@@ -162,8 +197,8 @@ class Job:
         return {
             "stage": "pruned",
             "recipe_version": RECIPE_VERSION,
-            "dense": self.dense_id,
-            "data": self.card.recipe(),
+            "dense": self.dense_id,  # which knows of the data, unless it is pinned
+            "architecture": self.spec.model.architecture(),
             "pruning": self.spec.pruning.recipe(),
             "seed": self.spec.seed,
             "numerics": self.numerics,
@@ -177,10 +212,7 @@ class Job:
     @cached_property
     def pruned_id(self) -> str:
         """Id of the pruned model."""
-        inputs = dict(self.pruned_inputs)
-        if self.spec.model.base is not None:
-            del inputs["data"]  # a pinned base stays although data have changed
-        return digest(inputs)
+        return digest(self.pruned_inputs)
 
     @cached_property
     def instruments(self) -> dict[str, Instrument]:
@@ -264,6 +296,7 @@ class Job:
             "sampling": self.spec.sampling.recipe(),
             "sampling_seed": self.sampling_seed,
             "shape": self.card.recipe()["shape"],
+            "architecture": self.spec.model.architecture(),
             "numerics": self.numerics,
         }
         if subject == "trained":
@@ -315,6 +348,8 @@ class Job:
 
     def substitute(self, evaluation: Evaluation, attempt: int) -> Evaluation:
         """Return the same evaluation under another training seed."""
+        if "seed" not in evaluation.recipe:
+            return evaluation  # the trained and the pruned model: there is no other
         replicate = evaluation.entry.replicate % SUBSTITUTE + attempt * SUBSTITUTE
         return self._evaluation(replace(evaluation.entry, replicate=replicate), evaluation.subject)
 
@@ -351,7 +386,7 @@ class Job:
             "counterfactual": spec.counterfactual.recipe(),
             "sampling": spec.sampling.recipe(),
             "properties": {prop.name: prop.recipe() for prop in spec.properties},
-            "headline": spec.properties[0].name,
+            "order": [prop.name for prop in spec.properties],
             "endpoints": spec.endpoints,
             "estimator": spec.estimator.recipe(),
         }
@@ -371,11 +406,39 @@ class Job:
             "bases": [self.dense_id, self.pruned_id],
             "properties": sorted(self.instruments),
         }
-        lines = [
-            head,
-            *({**asdict(e.entry), "subject": e.subject, "key": e.key} for e in self.plan),
-        ]
-        for line in lines[1:]:
-            line["coalition"] = str(Coalition(**line["coalition"]))
-        name = self.ledger.plan_name(self.spec_digest, digest(self.numerics))
-        self.ledger.publish_same(name, b"".join(canonical(line) + b"\n" for line in lines))
+        lines = [head, *(_plan_line(e) for e in self.plan)]
+        content = b"".join(canonical(line) + b"\n" for line in lines)
+        self.ledger.publish_same(self.ledger.plan_name(self.spec_digest, content), content)
+
+    @property
+    def report_name(self) -> str:
+        """Name of the report's folder: results of another numerics class are other results."""
+        return f"reports/{self.spec_digest}-{digest(self.numerics)[:12]}"
+
+
+def _plan_line(evaluation: Evaluation) -> dict[str, Any]:
+    entry = evaluation.entry
+    return {
+        "sequence": entry.sequence,
+        "index": entry.index,
+        "coalition": str(entry.coalition),
+        "role": entry.role,
+        "pair": entry.pair,
+        "batch": entry.batch,
+        "replicate": entry.replicate,
+        "probability": entry.probability,
+        "subject": evaluation.subject,
+        "key": evaluation.key,
+    }
+
+
+def _raise_together(checks: Sequence[Callable[[], None]]) -> None:
+    """Run all checks; raise what they found as one error of the first one's kind."""
+    found: list[AttrBatchError] = []
+    for check in checks:
+        try:
+            check()
+        except AttrBatchError as error:
+            found.append(error)
+    if found:
+        raise type(found[0]).of([problem for error in found for problem in error.problems])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -26,14 +27,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, StoreError
 from attr_batch.log import TICK_SECONDS
-from attr_batch.recipe import canonical, digest
+from attr_batch.recipe import canonical, digest, file_digest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ALIVE_SECONDS = 3 * TICK_SECONDS
 CLAIM_SECONDS = 0.02
+_TOKEN = secrets.token_hex(8)  # of this process
 REPAIR_HINT = "`attr-batch repair JOB.yaml` puts such files aside; the next run makes them again"
 
 
@@ -127,11 +132,14 @@ class Store:
             for file in source.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+            _sync_folder(source)
             try:
                 source.rename(path)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
+                if not (path / "manifest.json").exists():
+                    raise LedgerConflict("has no manifest", str(path), REPAIR_HINT) from None
                 shutil.rmtree(source, ignore_errors=True)
                 return False
             _sync_folder(path.parent)
@@ -185,6 +193,17 @@ def safe_name(text: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "_" for c in text)
 
 
+def _plan_lines(data: bytes, where: str) -> list[dict[str, Any]]:
+    """Return a plan's lines. LedgerConflict if they are not those of a plan."""
+    try:
+        head, *lines = [json.loads(line) for line in data.splitlines()]
+        _ = head["spec"], head["numerics"], head["bases"], head["properties"]
+        _ = [line["key"] for line in lines]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise LedgerConflict("torn or foreign file", where, REPAIR_HINT) from None
+    return [head, *lines]
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     """Who works on a thing now, and how far it is. `name` is a run key, base or property id."""
@@ -196,19 +215,27 @@ class Heartbeat:
     host: str
     pid: int
     process_start: str
+    token: str
     time: float
 
     @property
     def alive(self) -> bool:
         """Younger than three ticks; on this host also: its process still exists."""
-        if self.host == socket.gethostname() and _process_start(self.pid) != self.process_start:
+        if self.host == _host() and _process_start(self.pid) != self.process_start:
             return False
         return time.time() - self.time < ALIVE_SECONDS
 
     @property
     def mine(self) -> bool:
         """Whether this very process wrote it."""
-        return self.host == socket.gethostname() and self.pid == os.getpid()
+        return self.token == _TOKEN
+
+
+def _host() -> str:
+    """Return the host and its process namespace: containers may share a host name."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
 
 
 def _process_start(pid: int) -> str:
@@ -257,9 +284,9 @@ class Ledger:
         """Return the name of a resolved spec."""
         return f"specs/{spec_digest}.json"
 
-    def plan_name(self, spec_digest: str, numerics_digest: str) -> str:
-        """Return the name of a plan: its run keys depend on the spec and the numerics class."""
-        return f"plans/{spec_digest}-{numerics_digest[:12]}.jsonl"
+    def plan_name(self, spec_digest: str, content: bytes) -> str:
+        """Return the name of a plan: it depends on spec, numerics class and program."""
+        return f"plans/{spec_digest}-{digest(content)[:12]}.jsonl"
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """Return every readable resolved spec by its digest."""
@@ -273,13 +300,15 @@ class Ledger:
         return found
 
     def plans(self) -> dict[str, list[dict[str, Any]]]:
-        """Return every readable plan's lines (the first is its head) by file name."""
+        """Return every plan's lines (the first is its head) by file name.
+
+        LedgerConflict if one is damaged: what it needs cannot be known.
+        """
         found: dict[str, list[dict[str, Any]]] = {}
         for name in self.store.children("plans"):
-            if name.endswith(".jsonl") and not is_temporary(name):
-                with contextlib.suppress(ValueError):
-                    data = self.store.read(f"plans/{name}") or b""
-                    found[name] = [json.loads(line) for line in data.splitlines()]
+            if not is_temporary(name):
+                data = self.store.read(f"plans/{name}") or b""
+                found[name] = _plan_lines(data, str(self.store.path(f"plans/{name}")))
         return found
 
     # -- things made once: bases and fitted properties --------------------------------------------
@@ -297,14 +326,17 @@ class Ledger:
         if manifest is None:
             raise LedgerConflict("is not there", str(folder), REPAIR_HINT)
         for file, sha256 in manifest["files"].items():
-            self.verified(f"{name}/{file}", sha256)
+            if not (folder / file).is_file() or file_digest(folder / file) != sha256:
+                raise LedgerConflict("missing or altered", str(folder / file), REPAIR_HINT)
         return folder, digest(manifest)
 
     def publish_thing(
         self, family: str, thing_id: str, source: Path, inputs: Any, seconds: float
     ) -> None:
         """Publish a finished folder with a manifest: files' digests, inputs, seconds it took."""
-        files = {file.name: digest(file.read_bytes()) for file in sorted(source.iterdir())}
+        for leftover in source.glob(".*"):  # of a killed maker
+            leftover.unlink()
+        files = {file.name: file_digest(file) for file in sorted(source.iterdir())}
         files.pop("manifest.json", None)
         manifest = {"files": files, "inputs": inputs, "seconds": seconds}
         (source / "manifest.json").write_bytes(seal(manifest))
@@ -327,18 +359,25 @@ class Ledger:
             raise LedgerConflict("belongs to another run", str(self.store.path(name)), REPAIR_HINT)
         return fact
 
-    def publish_file(self, name: str, data: bytes) -> str:
-        """Publish a file unless there is one; return the sha256 of the one that stays."""
-        if self.store.publish(name, data):
-            return digest(data)
-        return digest(self.store.read(name) or b"")
+    def samples(self, key: str) -> np.ndarray | None:
+        """Return a run's kept samples, uint8 (images, channels, size, size), or None.
 
-    def verified(self, name: str, sha256: str) -> bytes:
-        """Return a file's bytes. LedgerConflict if they do not have this sha256."""
-        data = self.store.read(name)
-        if data is None or digest(data) != sha256:
-            raise LedgerConflict("missing or altered", str(self.store.path(name)), REPAIR_HINT)
-        return data
+        LedgerConflict if they are not those that the run drew.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        name = self.samples_name(key)
+        data, derivation = self.store.read(name), self.fact(self.derivation_name(key))
+        if data is None or derivation is None:
+            return None
+        try:
+            samples = load(data)["samples"]
+            if digest(samples.tobytes()) == derivation["samples_sha256"]:
+                return samples
+        except (SafetensorError, KeyError):
+            pass
+        raise LedgerConflict("torn or altered", str(self.store.path(name)), REPAIR_HINT)
 
     def has_value(self, key: str, prop: str, prop_digest: str) -> bool:
         """Return whether a value is published (its digest is checked when it is read)."""
@@ -377,9 +416,10 @@ class Ledger:
             "phase": phase,
             "done": done,
             "total": total,
-            "host": socket.gethostname(),
+            "host": _host(),
             "pid": pid,
             "process_start": _process_start(pid),
+            "token": _TOKEN,
             "time": time.time(),
         }
         self.store.replace(f"work/heartbeats/{name}.json", canonical(beat))
@@ -388,7 +428,8 @@ class Ledger:
         """Begin to work on `name` unless another live process does; True if it is ours.
 
         Of two that begin at the same moment the later writer keeps it. A lost race costs double
-        work at worst: results are published once whoever is first.
+        work of a run, whose results are published once whoever is first; what must not be made
+        twice at the same time also takes `lock`.
         """
         if self.heartbeat(name) is not None:
             return False
@@ -396,6 +437,21 @@ class Ledger:
         time.sleep(CLAIM_SECONDS)
         holder = self.heartbeat(name)
         return holder is not None and holder.mine
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[bool]:
+        """Hold `name` alone on this file system while the block runs; False: another has it.
+
+        The kernel lets go of it when the process ends, however it ends.
+        """
+        path = self.work(f"locks/{name}")
+        with _explained(path), path.open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def rest(self, name: str) -> None:
         """Say that nobody works on `name` any more."""
@@ -410,12 +466,18 @@ class Ledger:
         except (ValueError, TypeError):
             return None
 
+    def heartbeats(self) -> list[str]:
+        """Return the names of all heartbeats, live or not."""
+        children = self.store.children("work/heartbeats")
+        return [name.removesuffix(".json") for name in children if not is_temporary(name)]
+
     def record_failure(self, key: str, error: BaseException, session: str, about: str) -> None:
         """Note that an evaluation failed; the next run tries it again."""
         failure = {
             "key": key,
             "about": about,
             "session": session,
+            "time": time.time(),
             "error": type(error).__name__,
             "exit_code": error.exit_code if isinstance(error, AttrBatchError) else 1,
             "message": str(error) or repr(error),
@@ -454,13 +516,12 @@ class Ledger:
         if not self.store.path(name).is_dir():
             return [(name, "foreign file")]
         if family == "runs":
+            known = (".json", ".png", "samples.safetensors")
             return [
                 problem
                 for file in self.store.children(name)
                 if not is_temporary(file)
-                for problem in self._judge_file(
-                    f"{name}/{file}", known=file.endswith((".json", ".png", ".safetensors"))
-                )
+                for problem in self._judge_file(f"{name}/{file}", known=file.endswith(known))
             ]
         try:
             self.verified_thing(family, child)
@@ -475,13 +536,13 @@ class Ledger:
             if name.endswith(".json"):
                 self.fact(name)
             elif name.endswith(".jsonl"):
-                [
-                    json.loads(line)["key"]
-                    for line in (self.store.read(name) or b"").splitlines()[1:]
-                ]
-        except (LedgerConflict, ValueError, KeyError, TypeError) as problem:
-            what = problem.problems[0].what if isinstance(problem, LedgerConflict) else "torn"
-            return [(name, what)]
+                _plan_lines(self.store.read(name) or b"", name)
+            elif name.endswith(".safetensors"):
+                self.samples(name.split("/")[1])
+        except LedgerConflict as problem:
+            damaged = Path(problem.problems[0].where or "").name
+            if name.endswith(damaged):  # not where only the derivation beside it is damaged
+                return [(name, problem.problems[0].what)]
         return []
 
     def quarantine(self, name: str) -> str:
@@ -503,19 +564,29 @@ class Ledger:
         ]
 
     def unneeded(self, forget: list[str]) -> list[tuple[str, int]]:
-        """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account."""
+        """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account.
+
+        LedgerConflict while a plan is damaged.
+        """
         needed: set[str] = set()
         dropped: list[str] = []
-        for name, lines in self.plans().items():
-            spec = str(lines[0]["spec"]) if lines else ""
+        for name, (head, *lines) in self.plans().items():
+            spec = str(head["spec"])
             if any(spec.startswith(given) for given in forget if given):
-                dropped += [f"plans/{name}", f"specs/{spec}.json", f"reports/{spec}"]
+                dropped.append(f"plans/{name}")
                 continue
-            needed |= {f"specs/{spec}.json", f"reports/{spec}", f"reports/{spec}-provisional"}
-            needed |= {f"bases/{base}" for base in lines[0]["bases"]}
-            needed |= {f"properties/{thing}" for thing in lines[0]["properties"]}
-            needed |= {f"runs/{key}" for line in lines[1:] for key in self._with_substitutes(line)}
-        for family in ("specs", "bases", "properties", "runs", "reports"):
+            needed.add(f"specs/{spec}.json")
+            needed |= {f"reports/{r}" for r in self.store.children("reports") if r.startswith(spec)}
+            needed |= {f"bases/{base}" for base in head["bases"]}
+            needed |= {f"properties/{thing}" for thing in head["properties"]}
+            keys = {key for line in lines for key in self._with_substitutes(line)}
+            needed |= {f"runs/{key}" for key in keys} | {f"failures/{key}.json" for key in keys}
+            unfinished = (key for key in keys if not self.store.exists(self.derivation_name(key)))
+            needed |= {f"work/runs/{key}.safetensors" for key in unfinished}
+            needed |= {f"work/bases/{base}" for base in head["bases"]}
+            needed |= {f"work/properties/{thing}" for thing in head["properties"]}
+        families = ("specs", "bases", "properties", "runs", "reports", "failures")
+        for family in (*families, "work/runs", "work/bases", "work/properties"):
             dropped += [f"{family}/{child}" for child in self.store.children(family)]
         dropped += self.temporaries()
         names = [name for name in dict.fromkeys(dropped) if name not in needed]
@@ -524,7 +595,9 @@ class Ledger:
     def _with_substitutes(self, line: dict[str, Any]) -> Iterator[str]:
         """Yield a plan line's run key, and those that stand in for it where it diverged."""
         key: str | None = line["key"]
-        while key is not None:
+        seen: set[str] = set()
+        while key is not None and key not in seen:
+            seen.add(key)
             yield key
             diverged = self.fact(self.diverged_name(key))
             key = None if diverged is None else diverged["next"]
@@ -536,6 +609,7 @@ class Ledger:
 
     def drop(self, name: str) -> None:
         """Remove a file or folder that nothing needs."""
-        path = self.store.path(name)
-        with _explained(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        aside = self.work(f"dropped/{secrets.token_hex(8)}")
+        with _explained(aside):
+            self.store.path(name).rename(aside)  # gone at once: half a folder is a damaged one
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

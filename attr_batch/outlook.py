@@ -85,8 +85,8 @@ def _thing(job: Job, thing_id: str) -> dict[str, Any]:
 
 def plan(job: Job) -> dict[str, Any]:
     """Return what a run would do, what is reused, and which paths of the spec made the rest new."""
-    done = [e for e in job.plan if job.done(e)]
-    missing = [e for e in job.plan if not job.done(e)]
+    done = {e.key: job.done(e) for e in job.plan}
+    missing = [e for e in job.plan if not done[e.key]]
     kept = [e for e in missing if _samples_kept(job, e)]
     things = {
         "trained model": job.ledger.thing("bases", job.dense_id) is not None,
@@ -96,7 +96,8 @@ def plan(job: Job) -> dict[str, Any]:
             for thing_id, instrument in job.instruments.items()
         },
     }
-    per_evaluation = Facts(job).seconds_per_evaluation
+    facts = Facts(job)
+    per_evaluation = facts.seconds_per_evaluation
     new = len(missing) - len(kept)
     return {
         "name": job.spec.name,
@@ -108,14 +109,14 @@ def plan(job: Job) -> dict[str, Any]:
                 "coalition": str(e.entry.coalition),
                 "role": e.entry.role,
                 "replicate": e.entry.replicate,
-                "done": job.done(e),
+                "done": done[e.key],
                 "key": e.key,
             }
             for e in job.plan
         ],
         "evaluations": {
             "planned": len(job.plan),
-            "reused": len(done),
+            "reused": len(job.plan) - len(missing),
             "only measured": len(kept),
             "new": new,
         },
@@ -124,7 +125,7 @@ def plan(job: Job) -> dict[str, Any]:
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else new * per_evaluation / job.workers,
         "bytes_expected": new * _bytes_per_evaluation(job),
-        "half_width": _predicted_half_width(job),
+        "half_width": _predicted_half_width(facts),
     }
 
 
@@ -141,10 +142,10 @@ def _bytes_per_evaluation(job: Job) -> int:
     return samples + grid + 4096 * (1 + len(job.spec.properties))
 
 
-def _predicted_half_width(job: Job) -> dict[str, Any] | None:
+def _predicted_half_width(facts: Facts) -> dict[str, Any] | None:
     """Predict the headline's mean half-width at the planned budget from what is done so far."""
     try:
-        found = attributions(job, provisional=True)[0]
+        found = attributions(facts, provisional=True)[0]
     except AttrBatchError:
         return None
     widths = [c["high"] - c["low"] for c in found["contributors"] if c["low"] is not None]

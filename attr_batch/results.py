@@ -11,13 +11,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from attr_batch import __version__, report
-from attr_batch.errors import IncompleteDesign, LedgerConflict
+from attr_batch.errors import AttrBatchError, IncompleteDesign, LedgerConflict, StoreError
 from attr_batch.estimators import Attribution, Observation
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
 from attr_batch.job import Evaluation, Job, Subject
@@ -45,32 +44,34 @@ ROLES: Any = {"endpoint": "endpoint", "design": "design", "holdout": "holdout"}
 
 
 class Facts:
-    """All that the ledger knows of a job's evaluations, read once."""
+    """All that the ledger knows of a job's evaluations. Facts do not change: each is read once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.rows = [(e, job.settled(e)) for e in job.plan]
+        self.rows: list[tuple[Evaluation, Evaluation]] = []  # as planned, and what stands in for it
+        self.values: dict[tuple[str, str], dict[str, Any]] = {}  # by (run key, property name)
+        self.derivations: dict[str, dict[str, Any]] = {}  # by run key
+        self.refresh()
 
-    @cached_property
-    def values(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Value facts by (run key, property name)."""
-        found = {}
+    def refresh(self) -> None:
+        """Read what has been published since the last time."""
+        job, ledger = self.job, self.job.ledger
+        self.rows = [(e, e if self._whole(e) else job.settled(e)) for e in job.plan]
         for _, run in self.rows:
-            for prop in self.job.spec.properties:
-                fact = self.job.ledger.value(run.key, prop.name, self.job.property_digest(prop))
+            if self._whole(run):
+                continue
+            for prop in job.spec.properties:
+                fact = ledger.value(run.key, prop.name, job.property_digest(prop))
                 if fact is not None:
-                    found[run.key, prop.name] = fact
-        return found
+                    self.values[run.key, prop.name] = fact
+            derivation = ledger.fact(ledger.derivation_name(run.key))
+            if derivation is not None:
+                self.derivations[run.key] = derivation
 
-    @cached_property
-    def derivations(self) -> dict[str, dict[str, Any]]:
-        """How the samples of each run came to be, by run key."""
-        found = {}
-        for _, run in self.rows:
-            fact = self.job.ledger.fact(self.job.ledger.derivation_name(run.key))
-            if fact is not None:
-                found[run.key] = fact
-        return found
+    def _whole(self, run: Evaluation) -> bool:
+        return run.key in self.derivations and all(
+            (run.key, prop.name) in self.values for prop in self.job.spec.properties
+        )
 
     def seconds_spent(self) -> dict[str, float]:
         """Return worker seconds by phase, of all work that the job's results rest on."""
@@ -96,13 +97,19 @@ class Facts:
         ]
         return median(seconds) if seconds else None
 
+    @property
+    def planned(self) -> int:
+        """Number of evaluations in the estimator's plan: the references are not among them."""
+        return sum(planned.entry.sequence != "reference" for planned, _ in self.rows)
+
     def missing(self) -> list[Evaluation]:
         """Evaluations of the estimator's plan without all their values."""
         names = [prop.name for prop in self.job.spec.properties]
         return [
             planned
             for planned, run in self.rows
-            if any((run.key, name) not in self.values for name in names)
+            if planned.entry.sequence != "reference"
+            and any((run.key, name) not in self.values for name in names)
         ]
 
     def observations(self, prop: Property) -> list[Observation]:
@@ -133,18 +140,14 @@ class Facts:
 # -- attribution.json -----------------------------------------------------------------------------
 
 
-def attributions(job: Job, provisional: bool = False) -> list[dict[str, Any]]:
+def attributions(facts: Facts, provisional: bool = False) -> list[dict[str, Any]]:
     """Return one attribution a property, the headline first. IncompleteDesign if values lack."""
-    return _attributions(Facts(job), provisional)
-
-
-def _attributions(facts: Facts, provisional: bool) -> list[dict[str, Any]]:
     job = facts.job
     missing = facts.missing()
     allowed = job.spec.estimator.max_failed
     if len(missing) > allowed and not provisional:
         hint = "run again: what failed is tried again; or --provisional, or estimator.max_failed"
-        what = f"{len(missing)} of {len(job.plan)} evaluations have no value, {allowed} may lack"
+        what = f"{len(missing)} of {facts.planned} evaluations have no value, {allowed} may lack"
         raise IncompleteDesign(what, _first_reason(job, missing), hint)
     with _one_thread():
         return [_attribution(facts, prop, len(missing)) for prop in job.spec.properties]
@@ -172,7 +175,7 @@ def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
         roster.ids,
         [c.images for c in roster.contributors],
         [c.digest for c in roster.contributors],
-        planned=len(job.plan),
+        planned=facts.planned,
         failed=failed,
     )
     paper = {
@@ -213,9 +216,9 @@ def publish(
     provisional = provisional and bool(facts.missing())
     attribution = {
         "headline": job.spec.properties[0].name,
-        "attributions": _attributions(facts, provisional),
+        "attributions": attributions(facts, provisional),
     }
-    folder = f"reports/{job.spec_digest}" + ("-provisional" if provisional else "")
+    folder = job.report_name + ("-provisional" if provisional else "")
     store = job.ledger.store
     text = json.dumps(attribution, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     data = text.encode() + b"\n"
@@ -241,15 +244,32 @@ def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dic
     try:
         published = json.loads(old)
         version = published["attributions"][0]["version"]
+        _ = [a["coalitions"]["failed"] for a in published["attributions"]]
     except (ValueError, KeyError, TypeError, IndexError):
         raise LedgerConflict("torn or foreign file", place, REPAIR_HINT) from None
-    if version != __version__:
-        warn(f"{place} was made by version {version}: replaced")
+    gaps = any(a["coalitions"]["failed"] for a in published["attributions"])
+    if version != __version__ or gaps:
+        why = "had gaps" if gaps else f"was made by version {version}"
+        warn(f"{place} {why}: replaced")
         job.ledger.store.replace(name, data)
         return attribution
     if _close(published, attribution):
         return published
     raise LedgerConflict("differs from what the value files say now", place, REPAIR_HINT)
+
+
+def damaged_report(job: Job) -> str | None:
+    """Return the name of the job's report if it is not what the value files say, for `repair`."""
+    name = f"{job.report_name}/attribution.json"
+    published = job.ledger.store.read(name)
+    try:
+        if published is not None:
+            publish(job)
+    except LedgerConflict:
+        return job.report_name
+    except IncompleteDesign:
+        return None
+    return None
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -431,8 +451,10 @@ def _cost(facts: Facts, before: bytes | None, session: tuple[float, int] | None 
 
 def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
     """Return what the terminal shows at the end: the table, the seconds, where to look."""
-    suffix = "-provisional" if provisional and Facts(job).missing() else ""
-    folder = job.ledger.store.path(f"reports/{job.spec_digest}{suffix}")
+    name = job.report_name
+    if provisional and not job.ledger.store.exists(f"{name}/attribution.json"):
+        name += "-provisional"
+    folder = job.ledger.store.path(name)
     cost = json.loads((folder / "cost.json").read_text())
     phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in cost["seconds"].items())
     headline, *others = attribution["attributions"]
@@ -443,7 +465,9 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
         f"report          {folder / 'index.html'}",
     ]
     if job.spec.tracking.enabled:
-        lines.append(f"MLflow          mlflow ui --backend-store-uri {_tracking_uri(job)}")
+        from attr_batch.tracking import where_to_look
+
+        lines.append(f"MLflow          {where_to_look(_tracking_uri(job))}")
     return "\n".join(lines)
 
 
@@ -476,7 +500,8 @@ def attribute(
     with _one_thread():
         found = estimator.estimate(observations, n)
     body = found.to_json([str(i) for i in range(n)], [None] * n, [None] * n)
-    return {"property": Path(path).stem, **body, "version": __version__}
+    of_a_job = {"recipe": None, "spec_digest": None, "numerics": None}
+    return {"property": Path(path).stem, **body, **of_a_job, "version": __version__}
 
 
 # -- the MLflow mirror ----------------------------------------------------------------------------
@@ -492,6 +517,7 @@ class Mirror:
         from attr_batch import tracking
 
         self.job = job
+        self._facts: Facts | None = None
         work = job.ledger.work("mlflow").parent
         self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))
         self._last = -math.inf
@@ -499,31 +525,53 @@ class Mirror:
     def follow(self) -> None:
         """Bring the mirror up to date, if it was some time ago."""
         if self._mirror is not None and time.monotonic() - self._last > MIRROR_SECONDS:
-            self._mirror.sync(snapshot(self.job))
+            self.sync(None)
             self._last = time.monotonic()
 
-    def end(self, status: Any, attribution: dict[str, Any] | None = None) -> None:
-        """Bring the mirror up to date and give the parent run its final status."""
-        if self._mirror is not None:
-            self._mirror.end(status, snapshot(self.job, attribution))
+    def sync(self, attribution: dict[str, Any] | None) -> bool:
+        """Bring the mirror up to date; False if it was not."""
+        return self._mirror is not None and self._mirror.sync(self._snapshot(attribution))
+
+    def end(self, status: Any, attribution: dict[str, Any] | None = None) -> bool:
+        """Bring the mirror up to date and give the parent run its final status; False if not."""
+        if self._mirror is None:
+            return False
+        try:
+            last = self._snapshot(attribution)
+        except AttrBatchError:  # a damaged ledger is reported by whoever called
+            last = None
+        return self._mirror.end(status, last)
+
+    def _snapshot(self, attribution: dict[str, Any] | None) -> Any:
+        if self._facts is None:
+            self._facts = Facts(self.job)
+        else:
+            self._facts.refresh()
+        return snapshot(self._facts, attribution)
 
 
 def sync(job: Job) -> None:
-    """Make or complete the mirror from the ledger alone."""
-    facts = Facts(job)
-    published = job.ledger.store.read(f"reports/{job.spec_digest}/attribution.json")
-    attribution = None if published is None else json.loads(published)
-    mirror = Mirror(job)
+    """Make or complete the mirror from the ledger alone. StoreError if MLflow is away."""
     if not job.spec.tracking.enabled:
         say("tracking.enabled is false: nothing to do")
-    mirror.end("FINISHED" if attribution and not facts.missing() else "KILLED", attribution)
+        return
+    published = job.ledger.store.read(f"{job.report_name}/attribution.json")
+    attribution = None if published is None else json.loads(published)
+    mirror = Mirror(job)
+    if any(job.ledger.heartbeat(name) for name in job.ledger.heartbeats()):
+        reached = mirror.sync(attribution)
+    else:
+        whole = attribution is not None and not Facts(job).missing()
+        reached = mirror.end("FINISHED" if whole else "KILLED", attribution)
+    if not reached:
+        raise StoreError("MLflow was not reached", "tracking.uri", "see the warning; sync again")
 
 
-def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
+def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
     """Return what is to be seen of the job in MLflow now."""
     from attr_batch.tracking import Child, Snapshot
 
-    facts = Facts(job)
+    job = facts.job
     children = {}
     for planned, run in facts.rows:
         metrics = {
@@ -542,7 +590,7 @@ def snapshot(job: Job, attribution: dict[str, Any] | None = None) -> Any:
                 metrics=metrics,
                 seconds=None if derivation is None else sum(derivation["seconds"].values()),
             )
-    cost = job.ledger.store.read(f"reports/{job.spec_digest}/cost.json")
+    cost = job.ledger.store.read(f"{job.report_name}/cost.json")
     return Snapshot(
         spec={"name": job.spec.name, **job.content},
         spec_digest=job.spec_digest,

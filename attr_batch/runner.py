@@ -16,6 +16,7 @@ import platform
 import secrets
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,15 +29,16 @@ from typing import Any
 import numpy as np
 
 from attr_batch import __version__, outlook, results
-from attr_batch.errors import AttrBatchError, Interrupted, NumericsError
+from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
 from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job
-from attr_batch.log import Progress, Upkeep, say
+from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
 from attr_batch.spec import JobSpec
 
 POLL_SECONDS = 0.25
+WATCH_SECONDS = 1.0  # between two looks of the parent at how far everything is
 GRID_IMAGES = 64
 FATAL = (64, 65, 73, 74)  # exit codes after which no other worker can do better
 
@@ -49,7 +51,7 @@ def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
     missing = lab.job.missing_properties(evaluation)
     if not missing:
         return
-    samples = lab.kept_samples(evaluation)
+    samples = lab.ledger.samples(evaluation.key)
     if samples is None:
         started = time.perf_counter()
         model = lab.model(evaluation, upkeep)  # the counterfactual: k steps on the coalition's data
@@ -62,6 +64,10 @@ def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
         started = time.perf_counter()
         measured = prop.measure(samples, lab.instrument(prop))  # the utility v(S) and its noise
         lab.publish(evaluation, prop, measured, time.perf_counter() - started)
+
+
+class Diverged(NumericsError):
+    """A model or its samples are not finite."""
 
 
 class Laboratory:
@@ -139,72 +145,62 @@ class Laboratory:
         thing_id = self.job.instrument_id(prop)
         if thing_id and thing_id not in self._instruments:
             folder, sha256 = self.ledger.verified_thing("properties", thing_id)
-            loaded = self.job.instruments[thing_id].load(folder)
+            loaded = self.job.instruments[thing_id].load(folder, device=self.device)
             self._instruments[thing_id] = (loaded, sha256)
         return self._instruments[thing_id][0] if thing_id else None
 
     # -- for one evaluation -----------------------------------------------------------------------
 
     def model(self, evaluation: Evaluation, upkeep: Upkeep) -> Any:
-        """Return the evaluation's model, ready to sample from."""
+        """Return the evaluation's model, ready to sample from. Diverged if training did."""
         if evaluation.subject != "derived":
             return self.base.reference(evaluation.subject, evaluation.recipe.get("seed"))
-        checkpoint = self.ledger.work(f"runs/{evaluation.key}.safetensors")
         members = self.job.dataset.subset(evaluation.entry.coalition)
-        return self.spec.counterfactual.derive(
-            self.base,
-            members.images,
-            seed=evaluation.recipe["seed"],
-            checkpoint=checkpoint,
-            upkeep=upkeep,
-            device=self.device,
-        )
+        with _divergence():
+            return self.spec.counterfactual.derive(
+                self.base,
+                members.images,
+                seed=evaluation.recipe["seed"],
+                checkpoint=self._checkpoint(evaluation),
+                upkeep=upkeep,
+                device=self.device,
+            )
 
     def draw(self, model: Any, upkeep: Upkeep) -> np.ndarray:
-        """Return the model's samples, uint8 (images, channels, size, size)."""
+        """Return samples, uint8 (images, channels, size, size). Diverged if not finite."""
         card = self.job.card
-        return self.spec.sampling.draw(
-            model,
-            self.base.schedule,
-            (card.channels, card.size, card.size),
-            self.job.sampling_seed,
-            device=self.device,
-            upkeep=upkeep,
-        )
+        with _divergence():
+            return self.spec.sampling.draw(
+                model,
+                self.base.schedule,
+                (card.channels, card.size, card.size),
+                self.job.sampling_seed,
+                device=self.device,
+                upkeep=upkeep,
+            )
 
-    def kept_samples(self, evaluation: Evaluation) -> np.ndarray | None:
-        """Return the samples an earlier run kept, so that a new property trains nothing."""
-        derivation = self.ledger.fact(self.ledger.derivation_name(evaluation.key))
-        if derivation is None or "samples.safetensors" not in derivation["files"]:
-            return None
-        from safetensors.numpy import load
-
-        wanted = derivation["files"]["samples.safetensors"]
-        data = self.ledger.verified(self.ledger.samples_name(evaluation.key), wanted)
-        return load(data)["samples"]
+    def _checkpoint(self, evaluation: Evaluation) -> Path:
+        return self.ledger.work(f"runs/{evaluation.key}.safetensors")
 
     def keep(self, evaluation: Evaluation, samples: np.ndarray, seconds: dict[str, float]) -> None:
         """Publish what `sampling.keep` says, and how the samples came to be."""
         ledger, key, keep = self.ledger, evaluation.key, self.spec.sampling.keep
-        files: dict[str, str] = {}
         if keep in ("grid", "all"):
-            grid = grid_png(samples[:GRID_IMAGES])
-            files["grid.png"] = ledger.publish_file(ledger.grid_name(key), grid)
+            ledger.store.publish(ledger.grid_name(key), grid_png(samples[:GRID_IMAGES]))
         if keep == "all":
             from safetensors.numpy import save
 
             data = save({"samples": np.ascontiguousarray(samples)})
-            files["samples.safetensors"] = ledger.publish_file(ledger.samples_name(key), data)
+            ledger.store.publish(ledger.samples_name(key), data)
         fact = {
             "key": key,
             "recipe": dict(evaluation.recipe),
-            "files": files,
             "samples_sha256": digest(samples.tobytes()),
             "seconds": seconds,
             "provenance": self._provenance,
         }
         ledger.publish_fact(ledger.derivation_name(key), fact)
-        ledger.work(f"runs/{key}.safetensors").unlink(missing_ok=True)  # its checkpoint
+        self._checkpoint(evaluation).unlink(missing_ok=True)
 
     def publish(
         self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
@@ -242,6 +238,15 @@ class Laboratory:
         }
 
 
+@contextlib.contextmanager
+def _divergence() -> Iterator[None]:
+    """Tell what a model's own divergence is from a property that cannot be measured."""
+    try:
+        yield
+    except NumericsError as error:
+        raise Diverged.of(error.problems) from error
+
+
 @dataclass(frozen=True)
 class Thing:
     """Something all coalitions share: where it is published, what it depends on, how to make it."""
@@ -272,23 +277,25 @@ class Worker:
         self.lab, self.job, self.ledger = lab, lab.job, lab.ledger
         self.shard, self.shards, self.session = shard, shards, session
         self.stopped = False
+        self._began = time.time()
+        self._finished: set[str] = set()  # keys that are done or were tried, never to be looked at
 
     def work(self, prepares: bool) -> None:
         """Make what is missing of what all share (or wait for it), then evaluate."""
         self._prepare(prepares)
         while (evaluation := self._next()) is not None:
-            with self._claimed(evaluation.key, evaluation.title):
-                self._evaluate(evaluation)
+            self._finished.add(evaluation.key)
+            self._evaluate(evaluation)
 
     def _prepare(self, prepares: bool) -> None:
         things = self.lab.things()
         order = things if self.shard == 0 else things[::-1]
         deadline = time.monotonic() + self.job.spec.resources.base_wait
-        while missing := [t for t in order if self.ledger.thing(t.family, t.id) is None]:
+        if prepares and self._missing(order):
+            self.job.check_numbers()
+        while missing := self._missing(order):
             ready = [t for t in missing if t.after not in missing] if prepares else []
-            thing = next((t for t in ready if self.ledger.claim(t.id, t.title)), None)
-            if thing is not None:
-                self._make(thing)
+            if any(self._make(thing) for thing in ready):
                 continue
             self._breathe()
             if not prepares and time.monotonic() > deadline:
@@ -298,31 +305,42 @@ class Worker:
                     "shard 0 makes it: see its log, then run again",
                 )
 
-    def _make(self, thing: Thing) -> None:
-        folder = self.ledger.work(f"{thing.family}/{thing.id}")
-        folder.mkdir(exist_ok=True)
-        with self._claimed(thing.id, thing.title):
-            started = time.perf_counter()
-            thing.make(folder, self._upkeep(thing.id, thing.title))
-            seconds = time.perf_counter() - started
-            self.ledger.publish_thing(thing.family, thing.id, folder, thing.inputs, seconds)
+    def _missing(self, things: Sequence[Thing]) -> list[Thing]:
+        return [t for t in things if self.ledger.thing(t.family, t.id) is None]
+
+    def _make(self, thing: Thing) -> bool:
+        """Make a thing unless another process is at it; True if it was made here."""
+        with self.ledger.lock(thing.id) as alone:
+            if not alone or not self._missing([thing]) or not self.ledger.claim(thing.id, ""):
+                return False
+            folder = self.ledger.work(f"{thing.family}/{thing.id}")
+            folder.mkdir(exist_ok=True)
+            with self._claimed(thing.id, thing.title) as upkeep:
+                started = time.perf_counter()
+                thing.make(folder, upkeep)
+                seconds = time.perf_counter() - started
+                self.ledger.publish_thing(thing.family, thing.id, folder, thing.inputs, seconds)
+        return True
 
     def _next(self) -> Evaluation | None:
         """Claim the next evaluation: own ones in order, then missing ones from the far end."""
         plan = self.job.plan
-        mine = plan[self.shard :: self.shards]
-        for evaluation in (*mine, *reversed(plan)):
+        for evaluation in (*plan[self.shard :: self.shards], *reversed(plan)):
+            if evaluation.key in self._finished:
+                continue
             if self.stopped:
                 self._breathe()
             if self.job.done(evaluation) or self._failed(evaluation):
-                continue
-            if self.ledger.claim(evaluation.key, evaluation.title):
+                self._finished.add(evaluation.key)
+            elif self.ledger.claim(evaluation.key, evaluation.title):
                 return evaluation
         return None
 
     def _failed(self, evaluation: Evaluation) -> bool:
+        """Whether somebody tried it in vain since this run began."""
         failure = self.ledger.failure(evaluation.key)
-        return failure is not None and failure.get("session") == self.session
+        recent = failure is not None and failure.get("time", 0.0) >= self._began
+        return failure is not None and (recent or failure.get("session") == self.session)
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         """Run one coalition; a failure is recorded and the others go on."""
@@ -340,35 +358,45 @@ class Worker:
         self.ledger.forgive(evaluation.key)
 
     def _run_with_substitutes(self, evaluation: Evaluation) -> None:
-        """Repeat once what diverged; what diverges twice is given up for the next replicate."""
-        upkeep = self._upkeep(evaluation.key, evaluation.title)
+        """Repeat once what is not finite; a model that diverges twice gives way to a substitute."""
         current = self.job.settled(evaluation)
         while True:
-            try:
-                with contextlib.suppress(NumericsError):
+            with self._claimed(evaluation.key, evaluation.title) as upkeep:
+                try:
+                    with contextlib.suppress(NumericsError):
+                        return run_one(current, self.lab, upkeep)
                     return run_one(current, self.lab, upkeep)
-                return run_one(current, self.lab, upkeep)
-            except NumericsError as error:
-                attempt = current.entry.replicate // SUBSTITUTE
-                if attempt >= GIVE_UP_AFTER:
-                    raise
-                instead = self.job.substitute(current, attempt + 1)
-                fact = {"key": current.key, "reason": str(error), "next": instead.key}
-                self.ledger.publish_fact(self.ledger.diverged_name(current.key), fact)
-                current = instead
-
-    def _upkeep(self, name: str, phase: str) -> Upkeep:
-        def beat(done: int, total: int, _: dict[str, float]) -> None:
-            self.ledger.beat(name, phase, done, total)
-
-        return Upkeep(beat, lambda: self.stopped)
+                except Diverged as error:
+                    attempt = current.entry.replicate // SUBSTITUTE
+                    instead = self.job.substitute(current, attempt + 1)
+                    if attempt >= GIVE_UP_AFTER or instead.key == current.key:
+                        raise
+                    fact = {"key": current.key, "reason": str(error), "next": instead.key}
+                    self.ledger.publish_fact(self.ledger.diverged_name(current.key), fact)
+                    current = instead
 
     @contextlib.contextmanager
-    def _claimed(self, name: str, phase: str) -> Iterator[None]:
+    def _claimed(self, name: str, phase: str) -> Iterator[Upkeep]:
+        """Keep the heartbeat of `name` going, also while nothing ticks, and end it."""
+        at, over = [0, 0], threading.Event()
+
+        def beat(done: int, total: int, _: dict[str, float]) -> None:
+            at[:] = done, total
+            self.ledger.beat(name, phase, done, total)
+
+        def pulse() -> None:
+            while not over.wait(TICK_SECONDS):
+                with contextlib.suppress(AttrBatchError, OSError):
+                    self.ledger.beat(name, phase, *at)
+
         self.ledger.beat(name, phase)
+        thread = threading.Thread(target=pulse, daemon=True)
+        thread.start()
         try:
-            yield
+            yield Upkeep(beat, lambda: self.stopped)
         finally:
+            over.set()
+            thread.join()
             with contextlib.suppress(AttrBatchError):
                 self.ledger.rest(name)
 
@@ -400,6 +428,9 @@ def _worker_process(
         job = Job(spec)
         if job.numerics["device"] == "cpu":
             torch.set_num_threads(1)
+        elif not torch.cuda.is_available():
+            hint = "install torch for CUDA, or set resources.device: cpu"
+            raise SpecError("torch sees no CUDA device", "resources.device", hint)
         worker = Worker(Laboratory(job), shard, shards, session)
         worker.work(prepares)
     except Exception as error:
@@ -494,10 +525,10 @@ def evaluate(
                 crew.stop()
             watch.show()
             on_poll()
-        watch.show()
     finally:
         crew.stop()
         error = crew.end()
+        watch.show(now=True)
         watch.close()
     if stopped:
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
@@ -534,8 +565,12 @@ class _Watch:
         self._things = len(self._missing_things)
         self._missing: Sequence[Evaluation] = job.plan
         self._progress: Progress | None = None
+        self._last = 0.0
 
-    def show(self) -> None:
+    def show(self, now: bool = False) -> None:
+        if not now and time.monotonic() - self._last < WATCH_SECONDS:
+            return
+        self._last = time.monotonic()
         ledger = self.job.ledger
         if self._missing_things:
             self._missing_things = [
@@ -586,7 +621,7 @@ def run(
                 say(f"shard {shard} of {shards} is done; others have work left")
                 return None
             attribution = results.publish(job, provisional, session)
-        except AttrBatchError as error:
+        except BaseException as error:
             if mirror is not None:
                 mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
             raise

@@ -238,7 +238,9 @@ def _apply(tree: dict[str, Any], override: str) -> tuple[tuple, Any]:
     if not equals or not dotted.strip():
         raise SpecError("wanted path=value", place, "for example --set estimator.budget=120")
     value = _parse(text, place)[0] if text.strip() else None
-    keys = [int(key) if key.isdigit() else key for key in dotted.strip().split(".")]
+    keys = [
+        int(key) if key.isascii() and key.isdecimal() else key for key in dotted.strip().split(".")
+    ]
     node: Any = tree
     for key in keys[:-1]:
         node = _step(node, key, place)

@@ -54,6 +54,7 @@ def measure(quick: bool) -> dict[str, Any]:
     total = sum(seconds.values())
     pruning = evidence["pruning"]
     return {
+        "name": "digits",
         "wall_seconds": round(wall, 1),
         "second_run_seconds": round(again, 1),
         "worker_seconds": seconds,

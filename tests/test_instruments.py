@@ -1,15 +1,19 @@
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from attr_batch.data import Digits, arrange
 from attr_batch.errors import DataError, Interrupted, LedgerConflict
 from attr_batch.instruments import (
     BATCH,
     MIN_STEPS,
+    STARTS,
     LabelClassifier,
     PixelClusters,
     held_out,
@@ -151,6 +155,35 @@ def test_unlabelled_data_are_a_mistake_of_the_caller(tmp_path):
         SMALL.fit(data, tmp_path, seed=0, upkeep=Upkeep())
 
 
+@contextlib.contextmanager
+def threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with threadpool_limits(number):
+            yield
+        assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("part", [LabelClassifier(width=4, batch=32), PixelClusters(clusters=5)])
+def test_the_number_of_threads_changes_no_bit(tmp_path, part):
+    data = colours(16, 3, count=300)
+    for number in (1, 2):
+        with threads(number):
+            part.fit(data, tmp_path / str(number), seed=0, upkeep=Upkeep())
+    for name in ("weights.safetensors", "card.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    fitted = part.load(tmp_path / "1")
+    measure = fitted.assign if isinstance(part, PixelClusters) else fitted.probabilities
+    measured = []
+    for number in (1, 2):
+        with threads(number):
+            measured.append(measure(data.images))
+    assert (measured[0] == measured[1]).all()
+
+
 # -- clusters -------------------------------------------------------------------------------------
 
 
@@ -180,6 +213,25 @@ def test_assign_is_the_nearest_centroid_in_float64(digits, tmp_path):
     x = digits.images.reshape(len(digits), -1) / 127.5 - 1
     wanted = ((x[:, None] - fitted.centroids) ** 2).sum(axis=2).argmin(axis=1)
     assert (fitted.assign(digits.images) == wanted).all()
+
+
+def test_starts_are_those_of_scikit_learn(digits, tmp_path):
+    part = PixelClusters()
+    part.fit(digits, tmp_path, seed=7, upkeep=Upkeep())
+    x = pixels(digits.images, 8).reshape(len(digits), -1)
+    with threads(1):
+        theirs = KMeans(20, n_init=STARTS, random_state=7).fit(x)
+    assert (part.load(tmp_path).centroids == theirs.cluster_centers_).all()
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_clustering_stops_between_two_starts(digits, tmp_path, start):
+    seen = []
+    upkeep = Upkeep(lambda *a: seen.append(a[:2]), lambda: len(seen) >= start, seconds=0)
+    with pytest.raises(Interrupted, match="stopped while clustering"):
+        PixelClusters().fit(digits, tmp_path / "x", seed=0, upkeep=upkeep)
+    assert seen == [(i, STARTS) for i in range(1, start + 1)]
+    assert not (tmp_path / "x").exists()
 
 
 def test_too_few_different_images_for_the_clusters(tmp_path):

@@ -11,14 +11,26 @@ import pytest
 from conftest import TINY, work_through
 
 from attr_batch import outlook, results, runner
-from attr_batch.errors import IncompleteDesign, Interrupted, LedgerConflict
+from attr_batch.errors import (
+    DataError,
+    IncompleteDesign,
+    Interrupted,
+    LedgerConflict,
+    NumericsError,
+    SpecError,
+)
 from attr_batch.job import Job
 from attr_batch.runner import Laboratory, Worker
+from attr_batch.sampling import Sampling
 
 
 def attribution_bytes(job: Job) -> bytes:
     results.publish(job)
-    return job.ledger.store.read(f"reports/{job.spec_digest}/attribution.json")
+    return job.ledger.store.read(f"{job.report_name}/attribution.json")
+
+
+def _attributions(job: Job) -> list[dict]:
+    return results.attributions(results.Facts(job))
 
 
 def trained(job: Job) -> int:
@@ -61,10 +73,10 @@ def again(done, tmp_path) -> Callable[..., Job]:
 
 
 def test_values_sum_to_the_difference_of_the_endpoints(done):
-    (found,) = results.attributions(done)
+    (found,) = _attributions(done)
     total = sum(c["value"] for c in found["contributors"])
     assert total == pytest.approx(found["v_full"] - found["v_empty"], abs=1e-9)
-    assert found["coalitions"] == {"planned": len(done.plan), "used": 16, "failed": 0}
+    assert found["coalitions"] == {"planned": 16, "used": 16, "failed": 0}
 
 
 def test_a_finished_job_evaluates_nothing(again):
@@ -105,7 +117,48 @@ def test_a_new_property_is_measured_on_kept_samples_and_trains_nothing(again, do
     assert (facts["only measured"], facts["new"]) == (len(job.plan), 0)
     work_through(job)
     assert trained(job) == trained(done)
-    assert [a["property"] for a in results.attributions(job)] == ["cluster_entropy", "few"]
+    assert [a["property"] for a in _attributions(job)] == ["cluster_entropy", "few"]
+
+
+def test_pinning_the_base_that_a_job_trained_makes_nothing_new(again, done):
+    pinned = again(model={**TINY["model"], "base": done.dense_id})
+    pinned.check()
+    assert runner.complete(pinned)
+
+
+def test_a_pinned_base_made_otherwise_is_refused(again, done):
+    model = {**TINY["model"], "base": done.dense_id, "schedule": {"prediction": "epsilon"}}
+    other = again(model=model)
+    with pytest.raises(SpecError, match="schedule"):
+        other.check()
+    assert not {e.key for e in other.plan} & {e.key for e in done.plan}
+
+
+def test_changed_data_are_noticed_before_they_are_trained_on(again):
+    from dataclasses import replace
+
+    job = again()
+    roster = job.card.roster
+    job.card = replace(job.card, roster=replace(roster, contributors=roster.contributors[::-1]))
+    with pytest.raises(DataError, match="not what they were"):
+        _ = job.dataset
+
+
+def test_an_added_property_reuses_samples_kept_since(again, done):
+    """The first run kept a grid, a later one everything: what counts is that they are there."""
+    job = again(sampling=TINY["sampling"])
+    assert [e.key for e in job.plan] == [e.key for e in done.plan]
+    key = job.plan[0].key
+    kept = job.ledger.samples(key)
+    assert kept.shape == (48, 1, 8, 8)
+
+
+def test_another_order_of_properties_is_another_report(again):
+    two = [{"kind": "cluster_entropy"}, {"kind": "cluster_entropy", "clusters": 5, "name": "few"}]
+    third = {"kind": "cluster_entropy", "clusters": 7, "name": "more"}
+    first, second = again(properties=[*two, third]), again(properties=[two[0], third, two[1]])
+    assert first.report_name != second.report_name
+    assert [e.key for e in first.plan] == [e.key for e in second.plan]
 
 
 def test_another_recipe_in_the_same_store_mixes_nothing(again, done):
@@ -150,72 +203,103 @@ def test_samples_do_not_depend_on_what_else_was_evaluated_before(done, tiny):
 # -- failures -------------------------------------------------------------------------------------
 
 
-FLAKY = '''
-import os, pathlib
-import numpy as np
-
-def mean(images):
-    """NaN while the file `fail` holds a number above 0, counted down at every call."""
-    path = pathlib.Path(os.environ["FLAKY"])
-    left = int(path.read_text()) if path.exists() else 0
-    if left > 0:
-        path.write_text(str(left - 1))
-        return float("nan"), 0.0
-    return float(images.mean()), 1.0
-'''
-
-
 @pytest.fixture
-def flaky(tmp_path, monkeypatch) -> Path:
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code/flaky_property.py").write_text(FLAKY)
-    monkeypatch.syspath_prepend(str(tmp_path / "code"))
-    monkeypatch.setenv("FLAKY", str(tmp_path / "fail"))
-    return tmp_path / "fail"
+def diverging(monkeypatch) -> list[int]:
+    """Make sampling diverge as often as the list's number says; the list counts down."""
+    left, draw = [0], Sampling.draw
+
+    def flaky(*args, **kwargs):
+        if left[0] > 0:
+            left[0] -= 1
+            raise NumericsError("a sample is not finite")
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(Sampling, "draw", flaky)
+    return left
 
 
-CALL = [{"kind": "call", "target": "flaky_property:mean", "name": "mean"}]
-
-
-def test_a_passing_nan_leaves_no_trace(tiny, tmp_path, flaky):
-    calm = tiny(properties=CALL, store=str(tmp_path / "calm"))
-    work_through(calm)
-    flaky.write_text("1")
-    job = tiny(properties=CALL)
+def test_a_passing_nan_leaves_no_trace(tiny, done, diverging):
+    diverging[0] = 1
+    job = tiny(sampling={**TINY["sampling"], "keep": "all"})
     work_through(job)
-    assert flaky.read_text() == "0"
-    assert attribution_bytes(job) == attribution_bytes(calm)
+    assert diverging == [0]
+    assert attribution_bytes(job) == attribution_bytes(done)
 
 
-def test_a_lasting_nan_takes_the_next_replicate_and_is_recorded(tiny, flaky):
-    flaky.write_text("4")  # twice, and twice on the first substitute
-    job = tiny(properties=CALL)
+def test_a_lasting_nan_takes_the_next_replicate_and_is_recorded(tiny, diverging):
+    diverging[0] = 4  # twice, and twice on the first substitute
+    job = tiny()
     work_through(job)
-    assert flaky.read_text() == "0"
     replaced = [(e, job.settled(e)) for e in job.plan if job.settled(e).key != e.key]
     assert [(e.entry.index, run.entry.replicate) for e, run in replaced] == [(0, 2000)]
     attribution = results.publish(job)
-    proof = json.loads(job.ledger.store.read(f"reports/{job.spec_digest}/evidence.json"))
+    proof = json.loads(job.ledger.store.read(f"{job.report_name}/evidence.json"))
     assert any("another training seed" in warning for warning in proof["warnings"])
     assert attribution["attributions"][0]["coalitions"]["failed"] == 0
+    assert job.ledger.unneeded([]) == []
 
 
-def test_an_unending_nan_is_a_failure_and_the_others_go_on(tiny, flaky):
-    flaky.write_text("6")
-    job = tiny(properties=CALL)
+def test_an_unending_nan_is_a_failure_and_the_others_go_on(tiny, diverging):
+    diverging[0] = 6
+    job = tiny()
     work_through(job)
-    missing = [e for e in job.plan if not job.done(e)]
-    assert len(missing) == 1
+    assert len([e for e in job.plan if not job.done(e)]) == 1
     assert outlook.status(job)["evaluations"]["failed"] == 1
-    with pytest.raises(IncompleteDesign, match="1 of") as caught:
+    with pytest.raises(IncompleteDesign, match="1 of 16") as caught:
         results.publish(job)
     assert caught.value.exit_code == 70
     provisional = results.publish(job, provisional=True)
     assert provisional["attributions"][0]["coalitions"]["failed"] == 1
-    assert job.ledger.store.exists(f"reports/{job.spec_digest}-provisional/index.html")
-    assert not job.ledger.store.exists(f"reports/{job.spec_digest}/attribution.json")
-    allowed = tiny(properties=CALL, estimator={**TINY["estimator"], "max_failed": 1})
-    assert results.publish(allowed)["attributions"][0]["coalitions"]["failed"] == 1
+    assert job.ledger.store.exists(f"{job.report_name}-provisional/index.html")
+    assert not job.ledger.store.exists(f"{job.report_name}/attribution.json")
+
+
+def test_a_report_with_an_allowed_gap_gives_way_to_one_without(tiny, diverging, capsys):
+    diverging[0] = 6
+    job = tiny(estimator={**TINY["estimator"], "max_failed": 1})
+    work_through(job)
+    assert results.publish(job)["attributions"][0]["coalitions"]["failed"] == 1
+    work_through(job, session="again")
+    assert results.publish(job)["attributions"][0]["coalitions"]["failed"] == 0
+    assert "had gaps" in capsys.readouterr().err
+
+
+def test_models_without_a_seed_have_no_substitute(tiny):
+    job = tiny()
+    for evaluation in job.plan:
+        instead = job.substitute(evaluation, 1)
+        assert (instead.key == evaluation.key) == (evaluation.subject in ("trained", "pruned"))
+
+
+def test_a_property_that_is_not_finite_fails_alone(again, done, tmp_path, monkeypatch):
+    """The run itself is sound: other properties and other jobs keep their values."""
+    (tmp_path / "nan_property.py").write_text("def nan(images):\n    return float('nan'), 0.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = attribution_bytes(again())
+    job = again(
+        properties=[{"kind": "cluster_entropy"}, {"kind": "call", "target": "nan_property:nan"}]
+    )
+    work_through(job)
+    assert outlook.status(job)["evaluations"]["failed"] == len(job.plan)
+    assert trained(job) == trained(done)
+    assert attribution_bytes(again()) == before
+
+
+def test_shards_do_not_retry_each_others_failures_for_ever(tiny, monkeypatch, capsys):
+    tries = []
+
+    def out_of_memory(*_):
+        tries.append(1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Laboratory, "draw", out_of_memory)
+    job = tiny()
+    job.write_down()
+    workers = [Worker(Laboratory(tiny()), shard, 2, f"session {shard}") for shard in (0, 1)]
+    for worker in workers:
+        worker.work(prepares=True)
+    assert len(tries) == len(job.plan)
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_a_failed_evaluation_is_tried_again_by_the_next_run_only(tiny, monkeypatch, capsys):
@@ -270,21 +354,25 @@ def test_altered_samples_are_not_measured(again):
         work_through(job)
 
 
-def test_an_altered_report_is_noticed(again):
+def test_an_altered_report_is_noticed_and_repaired(again):
     job = again()
     results.publish(job)
-    path = job.ledger.store.path(f"reports/{job.spec_digest}/attribution.json")
+    path = job.ledger.store.path(f"{job.report_name}/attribution.json")
     found = json.loads(path.read_text())
     found["attributions"][0]["contributors"][0]["value"] += 1e-6
     path.write_text(json.dumps(found))
     with pytest.raises(LedgerConflict, match="differs"):
         results.publish(job)
+    assert results.damaged_report(job) == job.report_name
+    job.ledger.quarantine(job.report_name)
+    assert results.damaged_report(job) is None
+    results.publish(job)
 
 
 def test_last_bits_of_another_processor_do_not_make_a_conflict(again):
     job = again()
     results.publish(job)
-    path = job.ledger.store.path(f"reports/{job.spec_digest}/attribution.json")
+    path = job.ledger.store.path(f"{job.report_name}/attribution.json")
     found = json.loads(path.read_text())
     contributor = found["attributions"][0]["contributors"][0]
     contributor["value"] = float(np.nextafter(contributor["value"], 9))
@@ -294,8 +382,8 @@ def test_last_bits_of_another_processor_do_not_make_a_conflict(again):
 
 def test_endpoints_as_published_read_the_unpruned_models(again):
     derived, paper = (
-        results.attributions(again())[0],
-        results.attributions(again(endpoints="paper"))[0],
+        _attributions(again())[0],
+        _attributions(again(endpoints="paper"))[0],
     )
     assert paper["v_full"] == paper["as_published"]["v_full"] == derived["as_published"]["v_full"]
     assert paper["v_empty"] == derived["as_published"]["v_empty"]
