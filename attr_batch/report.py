@@ -93,7 +93,11 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
         )
     pairs = interval["pairs"]
     evidence = f"{pairs} complement {'pair' if pairs == 1 else 'pairs'} for {n} contributors"
-    if any(c["low"] is None for c in people):
+    if interval["method"] == "replicates-t":
+        if not interval["reliable"]:
+            why = "every coalition was measured; only repeats between the endpoints tell the noise"
+            found.append(("Intervals are rough", why))
+    elif any(c["low"] is None for c in people):
         found.append(("Not enough evidence for intervals", f"{evidence}; more than {n} are needed"))
     elif not interval["reliable"]:
         wanted = math.ceil(2.5 * n)
