@@ -50,10 +50,10 @@ class Coalition:
             if n is None:
                 raise ValueError(f"{text!r} is hexadecimal: the number of contributors is needed")
             width = -(-n // 4)
-            if len(text) - 2 != width:
-                raise ValueError(f"{text!r} has {len(text) - 2} hex digits, wanted {width}")
             if set(text[2:]) - set(hexdigits):
                 raise ValueError(f"{text!r} is not hexadecimal")
+            if len(text) - 2 != width:
+                raise ValueError(f"{text!r} has {len(text) - 2} hex digits, wanted {width}")
             number = int(text, 16)
             if number >> n:
                 raise ValueError(f"{text!r} has bits beyond {n} contributors")

@@ -248,7 +248,7 @@ class ImageFolder(_Chosen):
         It moves when the metadata, the size or a time of a file they list, or the decoder changes.
         DataError where the folder or its metadata file is missing or not UTF-8.
         """
-        table = _metadata_file(Path(self.path))
+        table = _metadata_file(self.path)
         rows, _, _ = _read_table(table)
         listed = [_stamp(table.parent / str(cells.get(FILE_NAME))) for _, cells in rows]
         version = importlib.metadata.version("pillow")
@@ -258,7 +258,7 @@ class ImageFolder(_Chosen):
 
     def load(self) -> Dataset:
         """Decode everything. DataError lists all problems at once, each with file and line."""
-        table = _metadata_file(Path(self.path))
+        table = _metadata_file(self.path)
         rows, problems = self._rows(table)
         listed = {row.name for row in rows}
         if self.contributors is not None and rows:
@@ -365,10 +365,20 @@ class _Row:
     where: str
 
 
-def _metadata_file(folder: Path) -> Path:
-    if not folder.is_dir():
+def existing_folder(path: str, key: str, hint: str) -> Path:
+    """Return the folder at `path`, the spec's `key`. DataError if there is or can be none."""
+    folder = Path(path)
+    try:
+        if folder.is_dir():
+            return folder
         what = "not a folder" if folder.exists() else "no such folder"
-        raise DataError(what, f"data.path: {folder}", "it is taken relative to the YAML's folder")
+    except OSError as error:  # a name too long, a folder around it that may not be read
+        what = f"cannot be a folder ({error.strerror})"
+    raise DataError(what, f"{key}: {folder}", hint)
+
+
+def _metadata_file(path: str) -> Path:
+    folder = existing_folder(path, "data.path", "it is taken relative to the YAML's folder")
     found = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(found) == 1:
         return found[0]
@@ -449,6 +459,9 @@ def _cell(cells: dict[str, Any], column: str, where: str) -> str | Problem:
     if not isinstance(value, str):
         shown = json.dumps(value)[:60]
         return Problem(f"{column} is {shown}, wanted text", where, "put it in quotes")
+    if re.search(r"[\ud800-\udfff]", value):
+        what = f"{column} is {ascii(value)[:60]}, which is not Unicode text"
+        return Problem(what, where, "half a surrogate pair: write the character itself in UTF-8")
     return value if column == FILE_NAME else unicodedata.normalize("NFC", value.strip())
 
 

@@ -12,16 +12,19 @@ Weights are safetensors, never pickles: a model folder is somebody else's data.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from attr_batch.data import existing_folder
 from attr_batch.errors import DataError, Problem
 from attr_batch.recipe import UNHASHED, Part
 
@@ -33,6 +36,8 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+BaseId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
 
 class Training(Part):
     """How a model is trained: AdamW on the plain denoising loss.
@@ -41,8 +46,8 @@ class Training(Part):
     `bf16` runs forward and backward on bfloat16 weights; the master weights stay fp32.
     """
 
-    steps: PositiveInt = 600
-    batch: PositiveInt = 64
+    steps: PositiveInt = Field(default=600, le=100_000_000)
+    batch: PositiveInt = Field(default=64, le=65_536)
     learning_rate: PositiveFloat = 3e-3
     warmup: int = Field(default=50, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "cosine"
@@ -168,10 +173,10 @@ class UNet(Part):
     """
 
     kind: Literal["unet"] = "unet"
-    block_out_channels: tuple[PositiveInt, ...] = Field(
+    block_out_channels: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
         default=(24, 48), min_length=1, max_length=8
     )
-    layers_per_block: PositiveInt = 1
+    layers_per_block: PositiveInt = Field(default=1, le=16)
     attention: tuple[int | Literal["mid"], ...] = ()
     attention_head_dim: PositiveInt | None = Field(
         default=None, description="None: one head per block."
@@ -182,7 +187,7 @@ class UNet(Part):
     channels: PositiveInt | None = None
     schedule: NoiseSchedule = NoiseSchedule()
     training: Training = Training()
-    base: str | None = Field(default=None, description="Id of a trained base to use as it is.")
+    base: BaseId | None = Field(default=None, description="Id of a trained base to use as it is.")
 
     @model_validator(mode="after")
     def _consistent(self) -> UNet:
@@ -252,12 +257,12 @@ class DiffusersFolder(Part):
     size: PositiveInt | None = None
     channels: PositiveInt | None = None
     training: Training | None = None
-    base: str | None = Field(default=None, description="Id of a trained base to use as it is.")
+    base: BaseId | None = Field(default=None, description="Id of a trained base to use as it is.")
 
     @property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule in the folder's scheduler_config.json."""
-        root = Path(self.path)
+        root = self._root
         places = [root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"]
         for place in places:
             if place.is_file():
@@ -295,19 +300,28 @@ class DiffusersFolder(Part):
 
     def check(self, channels: int, size: int) -> None:
         """Raise DataError if the folder cannot be used, or the images do not fit the model."""
-        config, _, _ = self.config, self.schedule, self._weights
+        config, _ = self.config, self.schedule
+        with _open_safetensors(self._weights, "np"):
+            pass  # the header says how long the file has to be
         where = str(self._unet_folder / "config.json")
         for key in ("in_channels", "out_channels"):
             if config.get(key, 3) != channels:
                 hint = f"set data.channels, or use a model with {channels} channels"
                 raise DataError(f"{key} {config.get(key, 3)}, data has {channels}", where, hint)
         widths = config.get("block_out_channels", (224, 448, 672, 896))
+        if not isinstance(widths, list | tuple):
+            raise DataError(f"block_out_channels is {widths!r}", where, "wanted a list of widths")
         _check_shape(where, channels, size, self.channels, self.size, widths)
 
     def build(self, channels: int, size: int, seed: int) -> UNet2DModel:
         """Return the freshly initialised module (fp32, CPU, eval mode): a function of `seed`."""
         self.check(channels, size)
-        return _build(self.config, seed)
+        try:
+            return _build(self.config, seed)
+        except Exception as error:  # whatever diffusers stumbles over stands in the config
+            what = f"diffusers cannot build the model: {type(error).__name__}: {error}"
+            place = str(self._unet_folder / "config.json")
+            raise DataError(what, place, "does UNet2DModel.from_pretrained read it?") from error
 
     def initial(self, channels: int, size: int, seed: int) -> UNet2DModel:
         """Return the module with the folder's weights."""
@@ -316,10 +330,12 @@ class DiffusersFolder(Part):
         return module
 
     @property
+    def _root(self) -> Path:
+        return existing_folder(self.path, "model.path", "wanted a folder saved by diffusers")
+
+    @property
     def _unet_folder(self) -> Path:
-        root = Path(self.path)
-        if not root.is_dir():
-            raise DataError("no such folder", str(root), "model.path names a diffusers folder")
+        root = self._root
         for folder in (root / "unet", root):
             if (folder / "config.json").is_file():
                 return folder
@@ -345,7 +361,7 @@ def _check_shape(
     size: int,
     pinned_channels: int | None,
     pinned_size: int | None,
-    widths: tuple[int, ...],
+    widths: Sequence[int],
 ) -> None:
     """Raise DataError with all that keeps images of this shape from going through the UNet."""
     problems = []
@@ -358,8 +374,9 @@ def _check_shape(
     halvings = 2 ** (len(widths) - 1)
     if size % halvings:
         what = f"image size {size} cannot be halved {len(widths) - 1} times"
-        fits = [halvings * max(1, size // halvings), halvings * (size // halvings + 1)]
-        hint = f"use a data.size such as {fits[0]} or {fits[1]}, or fewer levels"
+        below = size // halvings
+        fits = [halvings * k for k in (below, below + 1) if k]
+        hint = f"use a data.size such as {' or '.join(map(str, fits))}, or fewer levels"
         problems.append(Problem(what, where, hint))
     if problems:
         raise DataError.of(problems)
@@ -429,14 +446,22 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: An
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """Return tensors (CPU) and metadata. DataError if the file is missing, torn or foreign."""
+    with _open_safetensors(path, "pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("attr_batch", "null"))
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
+    """Open a file, which reads its header alone. DataError if it is missing, torn or foreign."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("attr_batch", "null"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        with safe_open(path, framework=framework) as file:
+            yield file
     except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"cannot be read as safetensors: {error}", str(path)) from None
+        what = f"cannot be read as safetensors: {error}"
+        raise DataError(what, str(path), "is it completely copied?") from None
 
 
 def save_weights(module: torch.nn.Module, path: Path, metadata: Any = None) -> None:

@@ -52,6 +52,10 @@ __all__ = [
 FileName = Annotated[str, UNHASHED, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
 
+# Whatever the user's own code raises is a mistake in the spec's terms, sys.exit() included.
+_THEIRS = (Exception, SystemExit)
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A property of one set of images: value and standard error, both finite."""
@@ -84,8 +88,16 @@ class ClusterEntropy(Part):
     unit: ClassVar[str] = "nats"
     higher_means: ClassVar[str] = "more diverse images"
 
-    def check(self, labels: tuple[str, ...], where: str) -> None:
-        """Accept any data."""
+    def check(
+        self,
+        labels: tuple[str, ...],  # noqa: ARG002
+        where: str,
+        images: int | None = None,
+    ) -> None:
+        """Raise SpecError if there are fewer images (None: nobody knows yet) than clusters."""
+        if images is not None and images < self.clusters:
+            what = f"{self.clusters} clusters of {images} images"
+            raise SpecError(what, f"{where}.clusters", f"set {images} or fewer")
 
     def instrument(self) -> PixelClusters:
         """Return what has to be fitted once."""
@@ -113,7 +125,12 @@ class _Classified(Part):
         default_factory=LabelClassifier, description="Trained once on the data's own labels."
     )
 
-    def check(self, labels: tuple[str, ...], where: str) -> None:
+    def check(
+        self,
+        labels: tuple[str, ...],
+        where: str,
+        images: int | None = None,  # noqa: ARG002
+    ) -> None:
         """Raise SpecError unless the data have at least two labels."""
         if len(labels) < 2:
             found = f"only {labels[0]!r}" if labels else "none"
@@ -207,9 +224,9 @@ class ClassShare(_Classified):
     def _name_it(cls, given: Any) -> Any:
         return _named(given, "label")
 
-    def check(self, labels: tuple[str, ...], where: str) -> None:
+    def check(self, labels: tuple[str, ...], where: str, images: int | None = None) -> None:
         """Raise SpecError unless the data have this label."""
-        super().check(labels, where)
+        super().check(labels, where, images)
         if self.label not in labels:
             known = ", ".join(sorted(labels, key=natural)[:30])
             what = f"no image has the label {self.label!r}"
@@ -271,11 +288,16 @@ class Call(Part):
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields and the digest of the function's source file."""
-        return {**super().recipe(), "source": hashlib.sha256(self._source()).hexdigest()}
+        return {**super().recipe(), "source": hashlib.sha256(self._source(self.name)).hexdigest()}
 
-    def check(self, labels: tuple[str, ...], where: str) -> None:  # noqa: ARG002
+    def check(
+        self,
+        labels: tuple[str, ...],  # noqa: ARG002
+        where: str,
+        images: int | None = None,  # noqa: ARG002
+    ) -> None:
         """Import the function; SpecError says what is missing."""
-        self._function(where)
+        self._function(f"{where}.target")
 
     def instrument(self) -> None:
         """Return None: nothing has to be fitted."""
@@ -304,9 +326,7 @@ class Call(Part):
     ) -> float | tuple[float, float]:
         try:
             found = function(images.copy())
-        except (
-            Exception
-        ) as error:  # whatever the user's code raises is a mistake in the spec's terms
+        except _THEIRS as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{self.target} raised {type(error).__name__}: {error}"
             hint = f"{frame.filename}:{frame.lineno}: {frame.line}"
@@ -323,32 +343,32 @@ class Call(Part):
 
     def _function(self, where: str) -> Callable[[np.ndarray], Any]:
         module_name, _, function_name = self.target.partition(":")
-        self._source()
+        self._source(where)
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # importing runs the user's code
+        except _THEIRS as error:  # importing runs the user's code
             what = f"{module_name} cannot be imported: {type(error).__name__}: {error}"
-            raise SpecError(what, f"{where}.target") from error
+            raise SpecError(what, where) from error
         function = getattr(module, function_name, None)
         if not callable(function):
             what = f"{module_name} has no function {function_name!r}"
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise SpecError(what, f"{where}.target", f"it has: {', '.join(names[:20]) or 'none'}")
+            raise SpecError(what, where, f"it has: {', '.join(names[:20]) or 'none'}")
         return function
 
-    def _source(self) -> bytes:
+    def _source(self, where: str) -> bytes:
         """Return the bytes of the target's module, without running it."""
         module_name = self.target.partition(":")[0]
         hint = "its folder must be on PYTHONPATH"
         try:
             spec = importlib.util.find_spec(module_name)  # runs the packages around it, if any
-        except (ImportError, ValueError) as error:
-            raise SpecError(f"no module {module_name!r} ({error})", self.name, hint) from None
+        except _THEIRS as error:
+            raise SpecError(f"no module {module_name!r} ({error})", where, hint) from None
         if spec is None:
-            raise SpecError(f"no module {module_name!r}", self.name, hint)
+            raise SpecError(f"no module {module_name!r}", where, hint)
         if spec.origin is None or not spec.origin.endswith(".py"):
             what = f"{module_name} has no Python source to take a digest of"
-            raise SpecError(what, self.name, "name a function in a .py file of your own")
+            raise SpecError(what, where, "name a function in a .py file of your own")
         return Path(spec.origin).read_bytes()
 
 

@@ -44,8 +44,10 @@ class Sampling(Part):
 
     solver: Solver = "dpmpp"
     steps: PositiveInt = Field(default=12, le=1000)
-    images: int = Field(default=512, ge=2, description="More take longer and measure better.")
-    batch: PositiveInt = 256
+    images: int = Field(
+        default=512, ge=2, le=1_000_000, description="More take longer and measure better."
+    )
+    batch: PositiveInt = Field(default=256, le=65_536)
     clip: PositiveFloat | None = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int | None = Field(default=None, ge=0, lt=1 << 53, description="Default: the job's seed.")

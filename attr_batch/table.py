@@ -17,11 +17,14 @@ from typing import TextIO
 from attr_batch.coalition import Coalition
 from attr_batch.errors import DataError, Problem
 from attr_batch.estimators import Entry, Observation, Role
+from attr_batch.estimators.design import check_players
 
 DESIGN_COLUMNS = ("row", "coalition", "pair", "batch", "role")
 _KNOWN = (*DESIGN_COLUMNS, "value", "replicate", "weight")
 _ROLES = ("", "endpoint", "empty", "grand", "design", "holdout")
 _FEWEST_COALITIONS = 2
+_LARGEST_VALUE = 1e100  # its square and sums of it are still finite
+_WEIGHTS = (1e-6, 1e6)
 _SHOWN = 20  # problems beyond these are counted
 _SPREADSHEET = "a spreadsheet changes such cells: import the column as text, or use 0x and hex"
 _NUMBER = re.compile(r"[0-9]+([.,][0-9]+)?([eE][+-]?[0-9]+)?")
@@ -41,8 +44,11 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
 
     Columns `coalition` and `value`, optionally those of `write_design`, `replicate` and `weight`.
     The number of contributors is `players`, else the length of the longest 0/1 string. Repeated
-    coalitions are replicates. DataError names everything that is wrong.
+    coalitions are replicates. DataError names everything that is wrong; SpecError says that there
+    are too few or too many contributors.
     """
+    if players is not None:
+        check_players(players, "--players")
     where = str(path)
     header, lines = _cells(Path(path))
     problems = _header_problems(header, where)
@@ -63,6 +69,7 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
         more = len(problems) - _SHOWN
         tail = [Problem(f"and {more} more", where)] if more > 0 else []
         raise DataError.of([*problems[:_SHOWN], *tail])
+    check_players(n, where)
     return observations, n
 
 
@@ -122,8 +129,13 @@ def _observation(
     coalition = _coalition(cell["coalition"], n, where, problems)
     value = _number("value", cell["value"], where, problems)
     weight = _number("weight", cell.get("weight") or "1", where, problems)
-    if weight is not None and weight <= 0:
-        problems.append(Problem(f"weight {weight:g} is not positive", where))
+    if value is not None and abs(value) > _LARGEST_VALUE:
+        hint = "measure in a larger unit: every value divided by the same number"
+        problems.append(Problem(f"value {value:g} is beyond {_LARGEST_VALUE:g}", where, hint))
+    if weight is not None and not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        least, most = _WEIGHTS
+        hint = "1 is the usual weight, 2 that of a value measured twice as often"
+        problems.append(Problem(f"weight {weight:g}, wanted {least:g} to {most:g}", where, hint))
     pair = _index("pair", cell.get("pair") or "", where, problems)
     replicate = _index("replicate", cell.get("replicate") or "", where, problems)
     role = _role((cell.get("role") or "").lower(), coalition, where, problems)

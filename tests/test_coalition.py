@@ -52,6 +52,7 @@ def test_whatever_is_read_is_one_of_the_two_forms(text, n):
         ("0x1_0", 12, "not hexadecimal"),
         ("0x+10", 12, "not hexadecimal"),
         ("0x１00", 12, "not hexadecimal"),
+        ("0xg", 12, "not hexadecimal"),
         ("0xg00", 12, "not hexadecimal"),
         ("0x0100", 12, "4 hex digits, wanted 3"),
         ("0x", 12, "0 hex digits"),

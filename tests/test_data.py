@@ -453,6 +453,24 @@ BAD = {
         'artist is {"n": 1}',
         "put it in quotes",
     ),
+    "surrogate in an id": (
+        _jsonl(GOOD_JSON + r'{"file_name": "4.png", "artist": "\ud800", "style": "y"}' + "\n"),
+        ":2",
+        r"artist is '\ud800', which is not Unicode",
+        "surrogate",
+    ),
+    "surrogate in a label": (
+        _jsonl(GOOD_JSON + r'{"file_name": "4.png", "artist": "x", "style": "a\udfff"}' + "\n"),
+        ":2",
+        r"style is 'a\udfff', which is not Unicode",
+        "surrogate",
+    ),
+    "surrogate in a file name": (
+        _jsonl(GOOD_JSON + r'{"file_name": "\udc80.png", "artist": "x", "style": "y"}' + "\n"),
+        ":2",
+        r"file_name is '\udc80.png', which is not Unicode",
+        "surrogate",
+    ),
     "null": (
         _jsonl(GOOD_JSON + '{"file_name": "4.png", "artist": null, "style": "y"}\n'),
         ":2",
@@ -486,6 +504,15 @@ def test_a_missing_folder_and_one_with_splits(tmp_path):
     folder_of(tmp_path / "train", ROWS)
     with pytest.raises(DataError, match=r"one in train/: set data\.path to it"):
         part(tmp_path).load()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_a_folder_is_a_data_error(name):
+    folder = ImageFolder(kind="image_folder", path=name, contributor="artist", size=8)
+    for use in (folder.fingerprint, folder.load):
+        with pytest.raises(DataError, match=r"^data\.path") as caught:
+            use()
+        assert caught.value.problems[0].hint
 
 
 def test_all_problems_come_at_once(tmp_path):

@@ -238,6 +238,16 @@ def test_exact_plans_everything_once():
     assert sorted(e.coalition.mask for e in plan) == list(range(32))
 
 
+@pytest.mark.parametrize(
+    "given", [{"budget": 200_002}, {"holdout": 10_001}, {"endpoint_replicates": 101}]
+)
+@pytest.mark.parametrize("kind", [Reference, PairedLS, Ridge, Exact])
+def test_plans_beyond_reason_are_refused(kind, given):
+    if given.keys() <= kind.model_fields.keys():
+        with pytest.raises(ValidationError, match="less than or equal"):
+            kind(**given)
+
+
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValidationError, match="31 is odd"):
         Ridge(budget=31)
@@ -246,6 +256,8 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(SpecError, match=r"^1 contributor: ") as caught:
         Ridge(budget=10).plan(1)
     assert caught.value.problems[0].where is None  # a plan may have no job and no data
+    with pytest.raises(SpecError, match=r"^5001 contributors, at most 5000"):
+        Ridge().plan(5001)
     with pytest.raises(SpecError, match=r"2\^17"):
         Exact().plan(17)
 

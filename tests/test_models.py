@@ -112,6 +112,11 @@ def test_attention_stands_where_asked():
         ({"attention_head_dim": 16}, "no multiple of attention_head_dim"),
         ({"block_out_channels": ()}, "at least 1"),
         ({"colour": 1}, "Extra inputs"),
+        ({"block_out_channels": (8196,)}, "less than or equal to 8192"),
+        ({"layers_per_block": 17}, "less than or equal to 16"),
+        ({"base": "../../etc"}, "should match pattern"),
+        ({"training": {"steps": 100_000_001}}, "less than or equal to 100000000"),
+        ({"training": {"batch": 65_537}}, "less than or equal to 65536"),
     ],
 )
 def test_inconsistent_unets_are_refused(fields, message):
@@ -126,17 +131,19 @@ def test_check_reports_all_problems_at_once():
     assert len(caught.value.problems) == 3
     assert "halved 2 times" in text
     assert "8 or 12" in text
+    with pytest.raises(DataError, match=r"a data\.size such as 32, or fewer levels"):
+        UNet(block_out_channels=(8,) * 6).check(1, 20)
     UNet(block_out_channels=(8, 8, 8)).check(1, 12)
 
 
 def test_inputs_do_not_name_the_pinned_base():
-    assert UNet(base="abc").inputs() == UNet().inputs()
+    assert UNet(base="ab" * 32).inputs() == UNet().inputs()
     assert UNet(training=Training(steps=1)).inputs() != UNet().inputs()
 
 
 def test_a_pinned_base_leaves_the_architecture_and_the_schedule():
     plain = UNet().architecture()
-    assert UNet(base="abc", training=Training(steps=1)).architecture() == plain
+    assert UNet(base="ab" * 32, training=Training(steps=1)).architecture() == plain
     others = [{"dropout": 0.1}, {"size": 8}, {"schedule": NoiseSchedule(timesteps=9)}]
     assert all(UNet(**other).architecture() != plain for other in others)
     assert plain.keys() == UNet.model_fields.keys() - {"base", "training"}
@@ -189,7 +196,7 @@ def test_a_pinned_base_leaves_of_a_folder_all_but_its_weights_and_training(folde
     part = DiffusersFolder(path=str(folder))
     plain, before = part.architecture(), part.inputs()
     small_model(seed=1).save_pretrained(next(folder.rglob(WEIGHTS)).parent)
-    again = DiffusersFolder(path=str(folder), training=Training(), base="abc")
+    again = DiffusersFolder(path=str(folder), training=Training(), base="ab" * 32)
     assert again.architecture() == plain
     assert again.inputs() != before
     assert again.inputs() == {
@@ -230,6 +237,10 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
 def pickle_only(folder):
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
 
@@ -244,6 +255,8 @@ def pickle_only(folder):
         (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
         (lambda f: edit(f / "config.json", _class_name="UNet2DConditionModel"), "ConditionModel"),
+        (lambda f: edit(f / "config.json", block_out_channels=8), "block_out_channels is 8"),
+        (lambda f: cut(f / WEIGHTS), "cannot be read as safetensors"),
         (lambda f: edit(f / "config.json", num_class_embeds=3), "class-conditional"),
         (lambda f: edit(f / "scheduler_config.json", prediction_type="flow"), "'flow'"),
         (lambda f: edit(f / "scheduler_config.json", rescale_betas_zero_snr=True), "terminal SNR"),
@@ -258,6 +271,29 @@ def test_folders_that_cannot_be_used(tmp_path, spoil, message):
         DiffusersFolder(path=str(tmp_path)).check(1, 8)
     assert caught.value.problems[0].where
     assert caught.value.problems[0].hint or "JSON" in message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm_num_groups": 5}, {"down_block_types": ["Nothing"] * 2}, {"act_fn": 3}]
+)
+def test_a_config_that_diffusers_cannot_build_is_a_data_error(tmp_path, changes):
+    small_model().save_pretrained(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    with pytest.raises(
+        DataError, match=r"config\.json: diffusers cannot build the model"
+    ) as caught:
+        DiffusersFolder(path=str(tmp_path)).build(1, 8, seed=0)
+    assert caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_path_that_cannot_be_a_folder_is_a_data_error(name):
+    part = DiffusersFolder(path=name)
+    for use in (part.inputs, lambda: part.schedule, lambda: part.check(1, 8)):
+        with pytest.raises(DataError, match=r"^model\.path") as caught:
+            use()
+        assert caught.value.problems[0].hint
 
 
 def test_folder_refuses_other_images(folder):

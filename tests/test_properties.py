@@ -209,6 +209,7 @@ def spoils(images):
 def raises(images): return 1 / 0
 def text(images): return "bright"
 def triple(images): return 1, 2, 3
+def leaves(images): raise SystemExit(3)
 def nan(images): return float("nan")
 def nan_on_parts(images): return 1.0 if len(images) == 40 else float("nan")
 """
@@ -255,6 +256,7 @@ def test_call_cannot_spoil_the_images_for_the_next_property(module):
         ),
         ("text", SpecError, r"returned 'bright'\n  hint: wanted a number"),
         ("triple", SpecError, r"returned '\(1, 2, 3\)'\n  hint: wanted a number"),
+        ("leaves", SpecError, "raised SystemExit: 3"),
         ("nan", NumericsError, "not finite"),
         ("nan_on_parts", NumericsError, "not finite on a part"),
         ("gone", SpecError, r"no function 'gone'\n  hint: it has: brightness, with_error"),
@@ -275,16 +277,34 @@ def test_call_explains_what_is_wrong_with_a_function(module, function, error, wh
     ],
 )
 def test_call_explains_what_is_wrong_with_a_module(target, what):
-    with pytest.raises(SpecError, match=what):
+    with pytest.raises(SpecError, match=rf"^properties\.0\.target: {what}"):
         Call(kind="call", target=target).check((), "properties.0")
 
 
-def test_a_module_that_cannot_be_imported(module):
-    module.write_text("import nothing_like_it")
-    with pytest.raises(
-        SpecError, match=r"properties\.0\.target: my_measures cannot be imported: Mod"
-    ):
+@pytest.mark.parametrize(
+    ("text", "what"), [("import nothing_like_it", "Mod"), ("raise SystemExit(3)", "SystemExit: 3")]
+)
+def test_a_module_that_cannot_be_imported(module, text, what):
+    module.write_text(text)
+    wanted = rf"properties\.0\.target: my_measures cannot be imported: {what}"
+    with pytest.raises(SpecError, match=wanted):
         call("f").check((), "properties.0")
+
+
+def test_a_package_that_cannot_be_imported(module):
+    package = module.parent / "my_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit(3)")
+    with pytest.raises(SpecError, match=r"^properties\.0\.target: no module 'my_package\.a'"):
+        Call(kind="call", target="my_package.a:f").check((), "properties.0")
+
+
+def test_more_clusters_than_images_are_refused_before_work():
+    ENTROPY.check((), "properties.0")
+    ENTROPY.check((), "properties.0", images=20)
+    with pytest.raises(SpecError, match=r"^properties\.0\.clusters: 20 clusters of 19") as caught:
+        ENTROPY.check((), "properties.0", images=19)
+    assert caught.value.problems[0].hint == "set 19 or fewer"
 
 
 def test_calls_recipe_moves_with_its_source(module):
@@ -343,6 +363,7 @@ def test_every_kind_is_tested():
 def test_conformance(module, tree, data, fitted):
     prop = parsed(tree)
     prop.check(data.label_names, "properties.0")
+    prop.check(data.label_names, "properties.0", images=len(data))
     assert isinstance(prop.instrument(), LabelClassifier | PixelClusters | None)
     images = data.images.copy()
     images.setflags(write=False)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from pydantic import ValidationError
 
 from attr_batch import ops
 from attr_batch.errors import Interrupted, NumericsError, SpecError
@@ -45,6 +46,12 @@ def theirs(solver, count, schedule, model=NET, **options):
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t).sample, t, x, return_dict=False)[0]
     return x
+
+
+@pytest.mark.parametrize("given", [{"images": 1_000_001}, {"batch": 65_537}])
+def test_sizes_beyond_reason_are_refused(given):
+    with pytest.raises(ValidationError, match="less than or equal"):
+        Sampling(**given)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' own

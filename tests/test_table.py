@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from attr_batch.coalition import Coalition
-from attr_batch.errors import DataError
+from attr_batch.errors import DataError, SpecError
 from attr_batch.estimators import Observation, Reference, Ridge
 from attr_batch.table import DESIGN_COLUMNS, read_values, write_design
 
@@ -153,7 +153,9 @@ def test_a_broken_file_is_explained(tmp_path, text, what):
         ("110,1,endpoint,1,0,0", "neither empty nor grand"),
         ("000,1,holdout,1,0,0", "the empty coalition"),
         ("110,1,hold-out,1,0,0", "wanted endpoint, design or holdout"),
-        ("110,1,design,0,0,0", "not positive"),
+        ("110,1,design,0,0,0", "wanted 1e-06 to 1e+06"),
+        ("110,1,design,1e300,0,0", "weight 1e+300, wanted"),
+        ("110,1,design,1e-320,0,0", "weight 9.99989e-321, wanted"),
         ("110,1,design,1,x,0", "pair 'x'"),
         ("110,1,design,1,0,-1", "replicate '-1'"),
     ],
@@ -162,6 +164,27 @@ def test_a_bad_optional_cell_is_explained(tmp_path, line, what):
     lines = [f"{x},,,," for x in GOOD]
     header = "coalition,value,role,weight,pair,replicate"
     assert what in problems(tmp_path, csv(*lines, line, header=header))
+
+
+@pytest.mark.parametrize("value", ["1.7e308", "-1.7e308"])
+def test_a_value_whose_square_overflows_is_refused(tmp_path, value):
+    message = problems(tmp_path, csv(GOOD[0], f"110,{value}", *GOOD[1:]))
+    assert "line 3" in message
+    assert "beyond 1e+100" in message
+    assert "larger unit" in message
+
+
+@pytest.mark.parametrize("players", [-2, 0, 1, 5_001])
+def test_impossible_numbers_of_players_are_refused_at_the_option(tmp_path, players):
+    with pytest.raises(SpecError, match=f"^--players: {players} contributor") as caught:
+        read(tmp_path, csv("0x0,0"), players)
+    assert caught.value.problems[0].hint
+
+
+def test_more_contributors_than_can_be_told_apart_are_refused(tmp_path):
+    lines = [f"{mask:05001b},1" for mask in (0, 1, 2, (1 << 5001) - 1)]
+    with pytest.raises(SpecError, match=r"\.csv: 5001 contributors, at most 5000"):
+        read(tmp_path, csv(*lines))
 
 
 def test_players_must_agree(tmp_path):

@@ -44,11 +44,11 @@ class _Budgeted(Part):
     without a value.
     """
 
-    budget: int | None = Field(None, ge=2)
+    budget: int | None = Field(None, ge=2, le=200_000)
     seed: int = 0
     confidence: Confidence = 0.95
-    holdout: int = Field(12, ge=0)
-    endpoint_replicates: int = Field(4, ge=1)
+    holdout: int = Field(12, ge=0, le=10_000)
+    endpoint_replicates: int = Field(4, ge=1, le=100)
     max_failed: int = Field(0, ge=0)
 
     @field_validator("budget")
@@ -150,7 +150,7 @@ class Exact(Part):
 
     kind: Literal["exact"] = "exact"
     confidence: Confidence = 0.95
-    endpoint_replicates: int = Field(4, ge=1)
+    endpoint_replicates: int = Field(4, ge=1, le=100)
     max_failed: Literal[0] = 0
 
     def plan(self, n: int) -> list[Entry]:

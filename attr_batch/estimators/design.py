@@ -35,6 +35,7 @@ Role = Literal["empty", "grand", "design", "holdout"]
 HOLDOUT_SHARE = 8  # one in eight pairs of a middle size is kept for the check
 # Draws have to be repeatable, not secret: hence the S311 exemptions below.
 _GOLDEN = (5**0.5 - 1) / 2
+MAX_PLAYERS = 5_000  # the readings take n^3 operations
 _MISSES = 64  # after so many draws in vain most of a size is taken: list what is left
 
 
@@ -154,13 +155,17 @@ def holdout(n: int, seed: int) -> Iterator[Entry]:
             index += 1
 
 
-def check_players(n: int) -> None:
-    """Raise SpecError unless there are at least two contributors."""
+def check_players(n: int, where: str | None = None) -> None:
+    """Raise SpecError unless there are 2 to `MAX_PLAYERS` contributors."""
     if n < 2:
         raise SpecError(
             f"{n} contributor{'s' if n != 1 else ''}: there is nothing to divide",
+            where,
             hint="choose two or more contributors",
         )
+    if n > MAX_PLAYERS:
+        what = f"{n} contributors, at most {MAX_PLAYERS} can be told apart"
+        raise SpecError(what, where, hint="group them, and credit the groups")
 
 
 # ------------------------------------------------------------------ drawing without repeats
