@@ -276,6 +276,9 @@ def _gc(arguments: argparse.Namespace) -> None:
     if not Path(arguments.store).is_dir():
         raise SpecError("no such folder", arguments.store, "wanted the `store` of a job spec")
     ledger = Ledger(arguments.store)
+    if not ledger.marked:
+        hint = f"a store holds {Ledger.MARKER}, which `attr-batch run` writes"
+        raise SpecError("is not a store of attr-batch", arguments.store, hint)
     dropped = ledger.unneeded(arguments.forget)
     if arguments.apply:
         for name, _ in dropped:
@@ -313,7 +316,7 @@ def _estimator(kind: str, **options: Any) -> Any:
         option = f"--{first['loc'][-1]}"
         if first["type"] == "extra_forbidden":
             raise SpecError(f"{kind} takes no such option", option, "leave it out") from None
-        message = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "wanted")
         raise SpecError(f"got {first['input']}: {message}", option) from None
 
 
@@ -348,7 +351,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
     for title, section in found.items():
         print(title)
         for name, value in section.items():
-            print(f"  {name:<18}{value}")
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"  {name:<18}{text}")
 
 
 def _schema(_: argparse.Namespace) -> None:

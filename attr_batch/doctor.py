@@ -40,13 +40,16 @@ def facts() -> dict[str, dict[str, Any]]:
         "solver_step": _served("cpu"),
         "counter_normal": _served("cpu"),
         **({"on cuda": _served("cuda")} if torch.version.cuda else {}),
-        **{name: value for name, value in info.items() if name != "cpu_features"},
+        "libraries": info["libraries"] or "none",
+        **(info.get("build") or {"build": f"none: {info.get('why')}"}),
     }
     free = shutil.disk_usage(Path.cwd()).free
     return {
         "versions": versions,
         "devices": devices,
         "ops": native,
+        "weights": {"shipped": "none: every model and classifier is made from the job's own data"},
+        "MLflow": {"default": "SQLite in the job's store; `tracking.uri` names a server"},
         "disk": {"free here": f"{free / 2**30:.1f} GiB", "folder": str(Path.cwd())},
     }
 

@@ -8,7 +8,6 @@ computed anew by every command and every shard: nothing is coordinated, nothing 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +18,9 @@ from typing import Any, Literal
 from attr_batch import __version__, ops
 from attr_batch.coalition import Coalition, Contributor, Roster
 from attr_batch.data import Dataset
-from attr_batch.errors import AttrBatchError, DataError, SpecError, StoreError
+from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
 from attr_batch.estimators import Entry
-from attr_batch.ledger import Ledger
+from attr_batch.ledger import Ledger, seal
 from attr_batch.properties import Instrument, Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
 from attr_batch.spec import JobSpec
@@ -110,17 +109,18 @@ class Job:
         if vars(self).setdefault("card", card) != card:
             hint = "leave the data alone while a job runs; run again to begin with the new ones"
             raise DataError("the data are not what they were when the job began", "data", hint)
-        with contextlib.suppress(DataError, StoreError):  # a store that is only read
-            self.ledger.store.replace(self._card_name, canonical(asdict(card)))
+        if self.ledger.marked:  # only a run makes a store
+            with contextlib.suppress(DataError, StoreError):  # which others may only read
+                self.ledger.store.replace(self._card_name, seal(asdict(card)))
         return dataset
 
     @cached_property
     def card(self) -> DataCard:
         """Digests and shape: from the store's cache if the files look the same, else by loading."""
         try:
-            cached = self.ledger.store.read(self._card_name)
-            return DataCard.from_json(json.loads(cached)) if cached else DataCard.of(self.dataset)
-        except (ValueError, KeyError, TypeError):
+            cached = self.ledger.fact(self._card_name)
+            return DataCard.from_json(cached) if cached else DataCard.of(self.dataset)
+        except (LedgerConflict, KeyError, TypeError):
             return DataCard.of(self.dataset)
 
     @cached_property
@@ -132,7 +132,10 @@ class Job:
 
         Raises all problems at once, as the error of the first.
         """
-        _ = self.card
+        root = self.ledger.store.root
+        if root.exists() and not root.is_dir():
+            raise SpecError(f"{root} is no folder", "store", "name a folder; it need not exist")
+        images = sum(c.images for c in self.card.roster.contributors)
         checks = [
             self._check_roster,
             lambda: self.spec.model.check(self.card.channels, self.card.size),
@@ -141,7 +144,9 @@ class Job:
         ]
         for i, prop in enumerate(self.spec.properties):
             checks.append(
-                lambda prop=prop, i=i: prop.check(self.card.label_names, where=f"properties.{i}")
+                lambda prop=prop, i=i: prop.check(
+                    self.card.label_names, where=f"properties.{i}", images=images
+                )
             )
         _raise_together(checks)
 
@@ -398,6 +403,7 @@ class Job:
 
     def write_down(self) -> None:
         """Publish the resolved spec and the plan, before any work."""
+        self.ledger.mark()
         fact = {"name": self.spec.name, "content": self.content}
         self.ledger.publish_fact(self.ledger.spec_name(self.spec_digest), fact)
         head = {

@@ -20,6 +20,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 ALIVE_SECONDS = 3 * TICK_SECONDS
 CLAIM_SECONDS = 0.02
+_DIGEST = re.compile("[0-9a-f]{64}")
 _TOKEN = secrets.token_hex(8)  # of this process
 REPAIR_HINT = "`attr-batch repair JOB.yaml` puts such files aside; the next run makes them again"
 
@@ -73,12 +75,11 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise DataError("the store may not be written or read", str(path)) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE):
-            hint = "free some space (`attr-batch gc STORE`), or mount it writable, and run again"
-            raise StoreError(os.strerror(error.errno), str(path), hint) from error
+        what = error.strerror or str(error)
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise LedgerConflict(os.strerror(error.errno), str(path), REPAIR_HINT) from error
-        raise
+            raise LedgerConflict(what, str(path), REPAIR_HINT) from error
+        hint = "free some space (`attr-batch gc STORE`), or mount it writable, and run again"
+        raise StoreError(what, str(path), hint) from error
 
 
 class Store:
@@ -280,6 +281,17 @@ class Ledger:
 
     # -- specs and plans --------------------------------------------------------------------------
 
+    MARKER = "attr-batch-store.json"
+
+    def mark(self) -> None:
+        """Mark the folder as a store, so that `gc` touches no other."""
+        self.store.publish(self.MARKER, seal({"format": 1}))
+
+    @property
+    def marked(self) -> bool:
+        """Whether the folder is a store."""
+        return self.store.exists(self.MARKER)
+
     def spec_name(self, spec_digest: str) -> str:
         """Return the name of a resolved spec."""
         return f"specs/{spec_digest}.json"
@@ -329,6 +341,14 @@ class Ledger:
             if not (folder / file).is_file() or file_digest(folder / file) != sha256:
                 raise LedgerConflict("missing or altered", str(folder / file), REPAIR_HINT)
         return folder, digest(manifest)
+
+    def card(self, family: str, thing_id: str) -> dict[str, Any]:
+        """Return the card.json of a thing: what it is, as its maker said."""
+        path = self.store.path(f"{family}/{thing_id}/card.json")
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            raise LedgerConflict("missing or torn", str(path), REPAIR_HINT) from None
 
     def publish_thing(
         self, family: str, thing_id: str, source: Path, inputs: Any, seconds: float
@@ -503,6 +523,10 @@ class Ledger:
         """Return (name, reason) of every file that is no intact fact where a fact should be."""
         bad: list[tuple[str, str]] = []
         for family in ("specs", "runs", "bases", "properties", "plans"):
+            path = self.store.path(family)
+            if path.exists() and not path.is_dir():
+                bad.append((family, "foreign file"))
+                continue
             for child in self.store.children(family):
                 bad += self._judge(family, child)
         return bad
@@ -536,7 +560,10 @@ class Ledger:
             if name.endswith(".json"):
                 self.fact(name)
             elif name.endswith(".jsonl"):
-                _plan_lines(self.store.read(name) or b"", name)
+                data = self.store.read(name) or b""
+                head, *_ = _plan_lines(data, name)
+                if name != self.plan_name(str(head["spec"]), data):
+                    return [(name, "altered")]
             elif name.endswith(".safetensors"):
                 self.samples(name.split("/")[1])
         except LedgerConflict as problem:
@@ -566,7 +593,7 @@ class Ledger:
     def unneeded(self, forget: list[str]) -> list[tuple[str, int]]:
         """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account.
 
-        LedgerConflict while a plan is damaged.
+        LedgerConflict while a plan is damaged. Only what is named by a digest is ever dropped.
         """
         needed: set[str] = set()
         dropped: list[str] = []
@@ -587,8 +614,9 @@ class Ledger:
             needed |= {f"work/properties/{thing}" for thing in head["properties"]}
         families = ("specs", "bases", "properties", "runs", "reports", "failures")
         for family in (*families, "work/runs", "work/bases", "work/properties"):
-            dropped += [f"{family}/{child}" for child in self.store.children(family)]
-        dropped += self.temporaries()
+            children = self.store.children(family)
+            dropped += [f"{family}/{child}" for child in children if _DIGEST.match(child)]
+            dropped += [name for name in self.temporaries() if name.startswith(f"{family}/")]
         names = [name for name in dict.fromkeys(dropped) if name not in needed]
         return [(name, self._bytes(name)) for name in names if self.store.exists(name)]
 

@@ -5,6 +5,7 @@ Everything here goes to stderr; stdout is for data. A terminal gets a bar, a pod
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,15 +35,17 @@ class Progress:
         self._done = 0
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
+            width = None if shutil.get_terminal_size((0, 0)).columns else 80
             bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
-            self._bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, bar_format=bar)
+            self._bar = tqdm(
+                total=total, desc=label, unit=unit, file=sys.stderr, bar_format=bar, ncols=width
+            )
 
     def update(self, done: int, **figures: float | str) -> None:
         """Show that `done` of `total` is done, with some figures such as the loss."""
         if self._bar is not None:
             self._bar.n = done
-            if figures:
-                self._bar.set_postfix(figures, refresh=False)
+            self._bar.set_postfix(figures, refresh=False)
             self._bar.refresh()
         elif not self.quiet and (
             time.monotonic() - self._last >= TICK_SECONDS or self._done < done == self.total

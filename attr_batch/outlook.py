@@ -162,7 +162,7 @@ def reasons(job: Job) -> dict[str, Any]:
     best: tuple[int, str, list[dict[str, Any]]] | None = None
     for spec_digest, numerics in _earlier(job):
         fact = job.ledger.fact(job.ledger.spec_name(spec_digest))
-        if fact is None or (spec_digest == job.spec_digest and numerics == job.numerics):
+        if fact is None:
             continue
         differences = _differences(flat({**fact["content"], "numerics": numerics}), mine)
         if best is None or len(differences) < best[0]:

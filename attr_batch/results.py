@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,7 +166,7 @@ def _first_reason(job: Job, missing: list[Evaluation]) -> str | None:
     for evaluation in missing:
         failure = job.ledger.failure(evaluation.key)
         if failure is not None:
-            return f"{evaluation.title}: {failure['message']}"
+            return f"{evaluation.title}: {failure.get('message')}"
     return None
 
 
@@ -375,10 +377,9 @@ def _caption(evaluation: Evaluation) -> str:
 
 
 def _pruning(job: Job) -> Any:
-    folder = job.ledger.thing("bases", job.pruned_id)
-    if folder is None or job.spec.counterfactual.start != "pruned":
+    if job.spec.counterfactual.start != "pruned":
         return None
-    card = json.loads((folder / "card.json").read_text())
+    card = job.ledger.card("bases", job.pruned_id)
     return {
         "ratio": getattr(job.spec.pruning, "ratio", 0.0),
         "macs_before": card["macs"][0],
@@ -390,10 +391,8 @@ def _pruning(job: Job) -> Any:
 
 def _instruments(job: Job) -> Iterator[Instrument]:
     for thing_id, instrument in job.instruments.items():
-        folder = job.ledger.thing("properties", thing_id)
-        if folder is not None:
-            card = json.loads((folder / "card.json").read_text())
-            yield {"kind": type(instrument).__name__, "card": card}
+        card = job.ledger.card("properties", thing_id)
+        yield {"kind": type(instrument).__name__, "card": card}
 
 
 def _failures(facts: Facts) -> list[Failure]:
@@ -460,28 +459,34 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
     headline, *others = attribution["attributions"]
     lines = [
         report.table(headline),
-        *(f"also measured   {other['property']}: {_checked(other)}" for other in others),
+        *(f"also            {other['property']}: {_in_brief(other)}" for other in others),
         f"worker seconds  {phases}",
         f"report          {folder / 'index.html'}",
     ]
     if job.spec.tracking.enabled:
         from attr_batch.tracking import where_to_look
 
-        lines.append(f"MLflow          {where_to_look(_tracking_uri(job))}")
+        where = where_to_look(_tracking_uri(job))
+        beside = Path(sys.executable).parent  # the environment need not be active
+        lines.append(f"MLflow          {where if shutil.which('mlflow') else beside / where}")
     return "\n".join(lines)
 
 
-def _checked(attribution: dict[str, Any]) -> str:
-    """Say in one line what a property's values add up to, and how well they predict."""
-    total = attribution["v_full"] - attribution["v_empty"]
-    check = attribution["holdout"]
-    held = (
-        "not checked on held-out coalitions"
-        if check is None or check["spearman"] is None
-        else f"held-out Spearman {check['spearman']:.2f}, "
-        f"beyond size {check['beyond_size'] or 0:.2f}"
+def _in_brief(attribution: dict[str, Any]) -> str:
+    """Say in one line who comes first in a property, and how well its values predict."""
+    ranked = sorted(attribution["contributors"], key=lambda c: -c["value"])
+    first = ", ".join(
+        f"{report.visible(c['id'])[:20]} {c['value']:.3g}"
+        + ("" if c["share"] is None else f" ({100 * c['share']:.0f} %)")
+        for c in ranked[:3]
     )
-    return f"values sum to {total:.4g}, {held}"
+    check = attribution["holdout"] or {}
+    held = "".join(
+        f", {what} {check[key]:.2f}"
+        for what, key in (("held-out Spearman", "spearman"), ("beyond size", "beyond_size"))
+        if check.get(key) is not None
+    )
+    return f"first {first}{held}"
 
 
 # -- values computed elsewhere --------------------------------------------------------------------

@@ -271,11 +271,16 @@ def _cpu_model() -> str:
 
 
 class Worker:
-    """One process's way through the job. `shard` of `shards` counts worker processes."""
+    """One process's way through the job. `shard` of `shards` counts worker processes.
 
-    def __init__(self, lab: Laboratory, shard: int, shards: int, session: str) -> None:
+    `waits`: stay until nobody works on the job any more, as long as the job is not sharded.
+    """
+
+    def __init__(
+        self, lab: Laboratory, shard: int, shards: int, session: str, waits: bool = False
+    ) -> None:
         self.lab, self.job, self.ledger = lab, lab.job, lab.ledger
-        self.shard, self.shards, self.session = shard, shards, session
+        self.shard, self.shards, self.session, self.waits = shard, shards, session, waits
         self.stopped = False
         self._began = time.time()
         self._finished: set[str] = set()  # keys that are done or were tried, never to be looked at
@@ -283,9 +288,15 @@ class Worker:
     def work(self, prepares: bool) -> None:
         """Make what is missing of what all share (or wait for it), then evaluate."""
         self._prepare(prepares)
-        while (evaluation := self._next()) is not None:
-            self._finished.add(evaluation.key)
-            self._evaluate(evaluation)
+        while True:
+            evaluation = self._next()
+            if evaluation is not None:
+                self._finished.add(evaluation.key)
+                self._evaluate(evaluation)
+            elif self.waits and any(e.key not in self._finished for e in self.job.plan):
+                self._breathe()  # another process is at the last ones: should it die, we go on
+            else:
+                return
 
     def _prepare(self, prepares: bool) -> None:
         things = self.lab.things()
@@ -407,7 +418,13 @@ class Worker:
 
 
 def _worker_process(
-    spec: JobSpec, shard: int, shards: int, prepares: bool, session: str, errors: Connection
+    spec: JobSpec,
+    shard: int,
+    shards: int,
+    session: str,
+    prepares: bool,
+    waits: bool,
+    errors: Connection,
 ) -> None:
     """Be one worker process: set up signals and threads, work, send back what went wrong."""
     worker = None
@@ -431,7 +448,7 @@ def _worker_process(
         elif not torch.cuda.is_available():
             hint = "install torch for CUDA, or set resources.device: cpu"
             raise SpecError("torch sees no CUDA device", "resources.device", hint)
-        worker = Worker(Laboratory(job), shard, shards, session)
+        worker = Worker(Laboratory(job), shard, shards, session, waits)
         worker.work(prepares)
     except Exception as error:
         if not isinstance(error, AttrBatchError):
@@ -465,8 +482,9 @@ class Crew:
                 job.spec,
                 shard * workers + worker,
                 shards * workers,
-                shard == 0,
                 self.session,
+                shard == 0,
+                shards == 1,
                 sender,
             )
             process = context.Process(target=_worker_process, args=arguments)
@@ -608,13 +626,13 @@ def run(
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
     started, reused = time.monotonic(), sum(map(job.done, job.plan))
-    session = None
+    session, why = None, outlook.reasons(job)
     job.write_down()
     mirror = results.Mirror(job) if shard == 0 else None
     with _signals() as stopped:
         try:
             if not complete(job):
-                announce(job)
+                announce(job, why)
                 evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
                 session = (time.monotonic() - started, reused)
             if not complete(job) and not provisional and _others_at_work(job, shards):
@@ -643,9 +661,9 @@ def _others_at_work(job: Job, shards: int) -> bool:
     )
 
 
-def announce(job: Job) -> None:
+def announce(job: Job, why: dict[str, Any]) -> None:
     """Say what there is to do, and which paths of the spec made it new."""
     missing = sum(not job.done(e) for e in job.plan)
     say(f"{job.spec.name}: {missing} of {len(job.plan)} evaluations to do; store {job.ledger}")
-    for line in outlook.reasons_text(outlook.reasons(job)):
+    for line in outlook.reasons_text(why):
         say(f"  {line}")

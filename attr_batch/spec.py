@@ -74,7 +74,7 @@ class JobSpec(Part):
     name: str = Field(min_length=1, max_length=200, description="Shown in report and MLflow.")
     store: Annotated[str, UNHASHED] = Field(
         default="attr-batch-store",
-        min_length=1,
+        pattern=r"^[^\x00]+$",
         description="Folder of results, relative to the shell's.",
     )
     seed: int = Field(default=0, ge=0, lt=1 << 53, description="Seed of training and sampling.")
@@ -205,8 +205,8 @@ def _parse(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise SpecError(f"not valid YAML: {error.problem}", place) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SpecError(f"not valid YAML: {error}", where) from None
+    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError) as error:
+        raise SpecError(f"not valid YAML: {error}", where) from None  # last two: !!bool foo
 
 
 def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str) -> None:
@@ -270,8 +270,12 @@ def _step(node: Any, key: str | int, place: str) -> Any:
 def _problems(
     error: ValidationError, tree: Any, where: str, lines: dict[tuple, int]
 ) -> Iterator[Problem]:
-    for item in error.errors(include_url=False):
-        path = _real_path(item["loc"], tree)
+    items = error.errors(include_url=False)
+    paths = [_real_path(item["loc"], tree) for item in items]
+    for item, path in zip(items, paths, strict=True):
+        inside = any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+        if item["type"] == "too_short" and inside:
+            continue  # it only counts what is wrong inside
         line = next((lines[path[:k]] for k in range(len(path), 0, -1) if path[:k] in lines), None)
         dotted = ".".join(map(str, path)) or "the spec"
         place = f"{where}:{line}: {dotted}" if line else f"{where}: {dotted}"
@@ -285,6 +289,8 @@ def _problem(item: Any, path: tuple, place: str) -> Problem:
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(str(path[-1]), _known_keys(), n=1)
         hint = f"did you mean `{close[0]}`?" if close else "`attr-batch schema` lists all keys"
+        if close and close[0] == path[-1]:
+            hint = "another `kind` takes it, this one does not"
         return Problem("unknown key", place, hint)
     if kind == "union_tag_not_found":
         return Problem("missing `kind`", place, "see `attr-batch schema` for the kinds there are")
@@ -293,6 +299,8 @@ def _problem(item: Any, path: tuple, place: str) -> Problem:
         close = difflib.get_close_matches(context["tag"], wanted.replace("'", "").split(", "), n=1)
         hint = f"did you mean {close[0]!r}?" if close else None
         return Problem(f"got kind {context['tag']!r}, wanted one of {wanted}", place, hint)
+    if kind == "json_invalid":
+        return Problem("holds text that is not valid Unicode", place)
     message = item["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return Problem(message, place)
@@ -337,11 +345,18 @@ def _shown(value: Any) -> str:
 
 def _resolve_locations(spec: JobSpec, folder: Path) -> JobSpec:
     """Make the `path` of data and model absolute, relative to the folder of the YAML."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"store": _expanded(spec.store, "store")}
     for name in ("data", "model"):
         part = getattr(spec, name)
         given = getattr(part, "path", None)
         if given is not None:
-            absolute = str((folder / Path(given).expanduser()).absolute())
+            absolute = str((folder / _expanded(given, f"{name}.path")).absolute())
             changes[name] = part.model_copy(update={"path": absolute})
-    return spec.model_copy(update=changes) if changes else spec
+    return spec.model_copy(update=changes)
+
+
+def _expanded(path: str, where: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise SpecError(f"{path!r} names no user's home", where) from None

@@ -9,6 +9,7 @@ program runs). The second run finds everything in the store.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import subprocess
@@ -41,10 +42,11 @@ def run(store: str, overrides: list[str]) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - started, json.loads(out)
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, keep: str | None) -> dict[str, Any]:
     """Run the job twice in a fresh store and put together what it cost and found."""
     overrides = QUICK if quick else []
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = keep or stack.enter_context(tempfile.TemporaryDirectory())
         wall, found = run(folder, overrides)
         again, _ = run(folder, overrides)
         (report,) = Path(folder).glob("reports/*")
@@ -81,7 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="(always)")
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--keep", metavar="STORE", help="a new store that is to stay")
+    given = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -89,11 +92,11 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "demo",
-                "quick": quick,
+                "quick": given.quick,
                 "machine": processor(),
                 "torch": version("torch"),
                 "commit": commit,
-                "rows": [measure(quick)],
+                "rows": [measure(given.quick, given.keep)],
             },
             indent=1,
         )

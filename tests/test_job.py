@@ -112,7 +112,14 @@ def test_the_stored_spec_holds_no_places_and_no_secrets(tiny):
     assert str(job.ledger) not in text
 
 
+def test_only_a_run_makes_a_store(tiny):
+    job = tiny()
+    job.check()
+    assert not job.ledger.store.root.exists()
+
+
 def test_the_cached_card_is_the_card(tiny):
+    tiny().ledger.mark()
     first = tiny().card
     cached = tiny()
     assert cached.card == first
@@ -121,10 +128,13 @@ def test_the_cached_card_is_the_card(tiny):
 
 def test_a_damaged_cache_is_made_again(tiny):
     first = tiny()
+    first.ledger.mark()
     _ = first.card
     (name,) = first.ledger.store.children("work/data")
-    first.ledger.store.replace(f"work/data/{name}", b'{"roster": 1}')
-    assert tiny().card == first.card
+    path = first.ledger.store.path(f"work/data/{name}")
+    for damage in (b'{"roster": 1}', path.read_bytes().replace(b'"0"', b'"Mallory"')):
+        path.write_bytes(damage)
+        assert tiny().card == first.card
 
 
 def test_labels_are_needed_by_properties_that_read_them(tiny, tmp_path):
@@ -143,7 +153,7 @@ def test_labels_are_needed_by_properties_that_read_them(tiny, tmp_path):
         "size": 8,
         "channels": 1,
     }
-    tiny(data=data).check()
+    tiny(data=data, properties=[{"kind": "cluster_entropy", "clusters": 4}]).check()
     with pytest.raises(SpecError, match="label") as caught:
         tiny(data=data, properties=[{"kind": "classifier_confidence"}]).check()
     assert "properties.0" in str(caught.value)

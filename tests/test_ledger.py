@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from attr_batch import ledger as ledger_module
 from attr_batch.errors import DataError, LedgerConflict, NumericsError, StoreError
 from attr_batch.ledger import Ledger, Store, is_temporary, safe_name, seal, unseal
+from attr_batch.recipe import digest
 
 json_values = st.recursive(
     st.none()
@@ -242,37 +243,74 @@ def test_a_file_where_the_store_should_be_is_a_conflict(tmp_path):
 
 
 def test_gc_keeps_what_a_plan_needs(ledger):
+    b1, b2, p1, k1, k2, k3, k4, s1 = (
+        digest(name) for name in ["b1", "b2", "p1", "k1", "k2", "k3", "k4", "s1"]
+    )
     plan = [
-        {"spec": "s1", "numerics": {}, "bases": ["b1"], "properties": ["p1"]},
-        {"key": "k1"},
-        {"key": "k2"},
+        {"spec": s1, "numerics": {}, "bases": [b1], "properties": [p1]},
+        {"key": k1},
+        {"key": k2},
     ]
-    ledger.store.publish("plans/s1-x.jsonl", "\n".join(map(json.dumps, plan)).encode())
-    ledger.publish_fact("specs/s1.json", {"content": {}})
-    for name in (
-        "bases/b1/w",
-        "bases/b2/w",
-        "properties/p1/w",
-        "runs/k1/v",
-        "runs/k3/v",
-        "runs/k4/v",
-    ):
+    content = "\n".join(map(json.dumps, plan)).encode()
+    plan_name = ledger.plan_name(s1, content)
+    ledger.store.publish(plan_name, content)
+    ledger.publish_fact(f"specs/{s1}.json", {"content": {}})
+    runs = (f"runs/{k}/v" for k in (k1, k3, k4))
+    for name in (f"bases/{b1}/w", f"bases/{b2}/w", f"properties/{p1}/w", *runs):
         ledger.store.publish(name, b"12345")
-    ledger.publish_fact("runs/k2/diverged.json", {"key": "k2", "next": "k4"})
-    assert ledger.unneeded([]) == [("bases/b2", 5), ("runs/k3", 5)]
-    forgotten = {name for name, _ in ledger.unneeded(["s1"])}
+    ledger.store.publish("runs/thesis/model.pt", b"not ours")
+    ledger.store.publish(f"work/runs/{k3}.safetensors", b"12")
+    ledger.publish_fact(f"runs/{k2}/diverged.json", {"key": k2, "next": k4})
+    dropped = ledger.unneeded([])
+    assert sorted(dropped) == sorted(
+        [(f"bases/{b2}", 5), (f"runs/{k3}", 5), (f"work/runs/{k3}.safetensors", 2)]
+    )
+    forgotten = {name for name, _ in ledger.unneeded([s1[:12]])}
     assert forgotten == {
-        "plans/s1-x.jsonl",
-        "specs/s1.json",
-        "bases/b1",
-        "bases/b2",
-        "properties/p1",
-        "runs/k1",
-        "runs/k2",
-        "runs/k3",
-        "runs/k4",
+        plan_name,
+        f"specs/{s1}.json",
+        f"properties/{p1}",
+        f"work/runs/{k3}.safetensors",
+        *(f"bases/{b}" for b in (b1, b2)),
+        *(f"runs/{k}" for k in (k1, k2, k3, k4)),
     }
-    for name, _ in ledger.unneeded([]):
+    for name, _ in dropped:
         ledger.drop(name)
     assert ledger.unneeded([]) == []
-    assert ledger.store.exists("runs/k4/v")
+    assert ledger.store.exists(f"runs/{k4}/v")
+    assert ledger.store.exists("runs/thesis/model.pt")
+
+
+def test_gc_guesses_at_no_damaged_plan(ledger):
+    ledger.store.publish("plans/p.jsonl", b'{"spec": "s"}\n{"key": ')
+    with pytest.raises(LedgerConflict, match="torn"):
+        ledger.unneeded([])
+
+
+def test_a_folder_without_manifest_is_refused_and_repaired(ledger):
+    work = ledger.work("bases/b")
+    work.mkdir()
+    (work / "weights").write_bytes(b"weights")
+    ledger.store.publish("bases/b/weights", b"half of it")
+    with pytest.raises(LedgerConflict, match="no manifest"):
+        ledger.publish_thing("bases", "b", work, {}, 0.0)
+    assert (work / "weights").exists(), "what was made is not lost"
+    ((name, _),) = ledger.bad_files()
+    ledger.quarantine(name)
+    ledger.publish_thing("bases", "b", work, {}, 0.0)
+    assert ledger.thing("bases", "b") is not None
+
+
+def test_a_lock_is_held_by_one_and_let_go(ledger):
+    with ledger.lock("x") as first, ledger.lock("x") as second:
+        assert (first, second) == (True, False)
+    with ledger.lock("x") as third:
+        assert third
+
+
+def test_an_altered_plan_is_found(ledger):
+    plan = b'{"bases": [], "numerics": {}, "properties": [], "spec": "s"}\n{"key": "k"}\n'
+    ledger.store.publish(ledger.plan_name("s", plan), plan)
+    assert ledger.bad_files() == []
+    ledger.store.path(ledger.plan_name("s", plan)).write_bytes(plan.splitlines(True)[0])
+    assert [reason for _, reason in ledger.bad_files()] == ["altered"]
