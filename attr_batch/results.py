@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -459,7 +460,14 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
     headline, *others = attribution["attributions"]
     lines = [
         report.table(headline),
-        *(f"also            {other['property']}: {_in_brief(other)}" for other in others),
+        *(
+            textwrap.fill(
+                f"also            {other['property']}: {_in_brief(other)}",
+                report.WIDTH,
+                subsequent_indent=" " * 16,
+            )
+            for other in others
+        ),
         f"worker seconds  {phases}",
         f"report          {folder / 'index.html'}",
     ]
@@ -467,8 +475,9 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
         from attr_batch.tracking import where_to_look
 
         where = where_to_look(_tracking_uri(job))
-        beside = Path(sys.executable).parent  # the environment need not be active
-        lines.append(f"MLflow          {where if shutil.which('mlflow') else beside / where}")
+        if where.startswith("mlflow ") and not shutil.which("mlflow"):
+            where = f"{Path(sys.executable).parent}/{where}"  # the environment is not active
+        lines.append(f"MLflow          {where}")
     return "\n".join(lines)
 
 
