@@ -172,7 +172,7 @@ class Job:
             raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
         made = self.ledger.fact(f"bases/{self.dense_id}/manifest.json") or {}
         theirs, ours = made["inputs"]["model"], self.model_inputs
-        differ = [key for key in self.spec.model.architecture() if theirs.get(key) != ours.get(key)]
+        differ = [key for key in self.architecture if theirs.get(key) != ours.get(key)]
         if differ:
             what = f"the base was made with another {', '.join(differ)}"
             raise SpecError(what, "model.base", "describe the model as the base's job did")
@@ -183,6 +183,11 @@ class Job:
     def model_inputs(self) -> dict[str, Any]:
         """What the model is before training; of a diffusers folder also its weights' digest."""
         return self.spec.model.inputs()
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """What of the model matters whatever its weights: in every run key, so it is read once."""
+        return self.spec.model.architecture()
 
     @cached_property
     def dense_inputs(self) -> dict[str, Any]:
@@ -203,7 +208,7 @@ class Job:
             "stage": "pruned",
             "recipe_version": RECIPE_VERSION,
             "dense": self.dense_id,  # which knows of the data, unless it is pinned
-            "architecture": self.spec.model.architecture(),
+            "architecture": self.architecture,
             "pruning": self.spec.pruning.recipe(),
             "seed": self.spec.seed,
             "numerics": self.numerics,
@@ -301,7 +306,7 @@ class Job:
             "sampling": self.spec.sampling.recipe(),
             "sampling_seed": self.sampling_seed,
             "shape": self.card.recipe()["shape"],
-            "architecture": self.spec.model.architecture(),
+            "architecture": self.architecture,
             "numerics": self.numerics,
         }
         if subject == "trained":

@@ -29,12 +29,12 @@ def warn(message: str, hint: str | None = None) -> None:
 class Progress:
     """Progress of one phase: a bar on a terminal, else one line every `TICK_SECONDS`."""
 
-    def __init__(self, label: str, total: int, *, unit: str = "step", quiet: bool = False) -> None:
-        self.label, self.total, self.unit, self.quiet = label, total, unit, quiet
+    def __init__(self, label: str, total: int, *, unit: str = "step") -> None:
+        self.label, self.total, self.unit = label, total, unit
         self._start = self._last = time.monotonic()
         self._done = 0
         self._bar: Any = None
-        if not quiet and sys.stderr.isatty():
+        if sys.stderr.isatty():
             width = None if shutil.get_terminal_size((0, 0)).columns else 80
             bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
             self._bar = tqdm(
@@ -47,9 +47,7 @@ class Progress:
             self._bar.n = done
             self._bar.set_postfix(figures, refresh=False)
             self._bar.refresh()
-        elif not self.quiet and (
-            time.monotonic() - self._last >= TICK_SECONDS or self._done < done == self.total
-        ):
+        elif time.monotonic() - self._last >= TICK_SECONDS or self._done < done == self.total:
             self._done = done
             self._last = time.monotonic()
             extra = "".join(

@@ -467,9 +467,8 @@ class Crew:
 
     def __init__(self, job: Job, shard: int, shards: int) -> None:
         self.session = secrets.token_hex(8)
-        made = all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
         missing = sum(not job.done(evaluation) for evaluation in job.plan)
-        workers = min(job.workers, missing) if made else job.workers
+        workers = min(job.workers, missing) if prepared(job) else job.workers
         context = multiprocessing.get_context("spawn")
         if job.numerics["device"] == "cpu":
             for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -650,8 +649,12 @@ def run(
 
 def complete(job: Job) -> bool:
     """Return whether everything shared is made and every evaluation has its values."""
-    made = all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
-    return made and all(job.done(evaluation) for evaluation in job.plan)
+    return prepared(job) and all(job.done(evaluation) for evaluation in job.plan)
+
+
+def prepared(job: Job) -> bool:
+    """Return whether everything shared is made."""
+    return all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
 
 
 def _others_at_work(job: Job, shards: int) -> bool:
