@@ -117,6 +117,7 @@ class _Finetuning(Training):
     """k = `steps` of training on the coalition's images, from trained weights."""
 
     start: ClassVar[Start]
+    unlearns: ClassVar[bool] = False
 
     steps: PositiveInt = Field(default=100, description="The paper's k.")
     warmup: int = Field(default=0, ge=0)
@@ -134,6 +135,7 @@ class _Finetuning(Training):
         self,
         base: Base,
         images: np.ndarray,
+        removed: np.ndarray | None = None,  # noqa: ARG002
         *,
         seed: int,
         checkpoint: Path | None = None,
@@ -189,6 +191,7 @@ class Retrain(Part):
     """
 
     start: ClassVar[Start] = "fresh"
+    unlearns: ClassVar[bool] = False
 
     kind: Literal["retrain"] = "retrain"
     training: Training | None = None
@@ -205,6 +208,7 @@ class Retrain(Part):
         self,
         base: Base,
         images: np.ndarray,
+        removed: np.ndarray | None = None,  # noqa: ARG002
         *,
         seed: int,
         checkpoint: Path | None = None,

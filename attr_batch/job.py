@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from attr_batch import __version__, ops
 from attr_batch.coalition import Coalition, Contributor, Roster
+from attr_batch.counterfactual import Counterfactual
 from attr_batch.data import Dataset
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
-from attr_batch.estimators import Entry
+from attr_batch.estimators import Entry, Role
 from attr_batch.ledger import Ledger, seal
 from attr_batch.properties import Instrument, Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
@@ -61,11 +62,27 @@ class DataCard:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Coalitions to evaluate under one counterfactual: the plan itself, or a part of a validation.
+
+    `streams` names random streams of its own. The plan ('') starts all samples from the same noise,
+    whatever the replicate; a study with a name does neither share noise with it nor between
+    replicates, so that agreement with it cannot come from shared noise.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    counterfactual: Counterfactual
+    streams: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One line of the plan made concrete: a model to make, its samples to draw and to measure."""
 
     entry: Entry
     subject: Subject
+    study: Study = field(repr=False)
     recipe: Mapping[str, Any] = field(repr=False)
 
     @cached_property
@@ -79,7 +96,8 @@ class Evaluation:
         if self.subject != "derived":
             return f"the {self.subject} model"
         repeat = f", replicate {self.entry.replicate}" if self.entry.replicate else ""
-        return f"coalition {self.entry.coalition}{repeat}"
+        study = f", {self.study.name}" if self.study.name else ""
+        return f"coalition {self.entry.coalition}{repeat}{study}"
 
 
 def numerics(device: str) -> dict[str, Any]:
@@ -92,10 +110,13 @@ def numerics(device: str) -> dict[str, Any]:
 
 
 class Job:
-    """A spec, its store, and every name that follows from them."""
+    """A spec, its store, and every name that follows from them.
 
-    def __init__(self, spec: JobSpec) -> None:
-        self.spec = spec
+    `studies` are evaluated beside the plan; they change nothing of the plan or its names.
+    """
+
+    def __init__(self, spec: JobSpec, studies: Sequence[Study] = ()) -> None:
+        self.spec, self.studies = spec, tuple(studies)
         self.ledger = Ledger(spec.store)
         self.numerics = numerics(spec.resources.device)
 
@@ -286,25 +307,26 @@ class Job:
             for prop in self.spec.properties
         }
 
-    @property
-    def sampling_seed(self) -> int:
-        """Seed of the initial noise: the same for every model of the job."""
+    def sampling_seed(self, streams: str = "", replicate: int = 0) -> int:
+        """Return the seed of the initial noise: for the plan the same for every model."""
         seed = self.spec.sampling.seed
-        return derive_seed("sampling", self.spec.seed if seed is None else seed)
+        own = (streams, replicate) if streams else ()
+        return derive_seed("sampling", self.spec.seed if seed is None else seed, *own)
 
-    def training_seed(self, replicate: int) -> int:
-        """Seed of a coalition's fine-tuning: it depends on the replicate, not on the coalition."""
-        return derive_seed("run", self.spec.seed, replicate)
+    def training_seed(self, replicate: int, streams: str = "") -> int:
+        """Return the seed of a training: it depends on the replicate, not on the coalition."""
+        own = (streams,) if streams else ()
+        return derive_seed("run", self.spec.seed, replicate, *own)
 
     def run_recipe(
-        self, coalition: Coalition, replicate: int, subject: Subject = "derived"
+        self, coalition: Coalition, replicate: int, subject: Subject, study: Study
     ) -> dict[str, Any]:
         """Return everything that decides a model's samples; its digest is the run key."""
         recipe: dict[str, Any] = {
             "recipe_version": RECIPE_VERSION,
             "subject": subject,
             "sampling": self.spec.sampling.recipe(),
-            "sampling_seed": self.sampling_seed,
+            "sampling_seed": self.sampling_seed(study.streams, replicate),
             "shape": self.card.recipe()["shape"],
             "architecture": self.architecture,
             "numerics": self.numerics,
@@ -313,40 +335,57 @@ class Job:
             return {**recipe, "base": self.dense_id}
         if subject == "pruned":
             return {**recipe, "base": self.pruned_id}
-        recipe["seed"] = self.training_seed(replicate)
+        recipe["seed"] = self.training_seed(replicate, study.streams)
         if subject == "untrained":
             return {**recipe, "model": self.model_inputs}
-        start = self.spec.counterfactual.start
-        if start == "fresh":
+        counterfactual = study.counterfactual
+        if counterfactual.start == "fresh":
             recipe["model"] = self.model_inputs
         else:
-            recipe["base"] = self.pruned_id if start == "pruned" else self.dense_id
-        members = [c.digest for c in self.card.roster.members(coalition)]
-        return {**recipe, "counterfactual": self.spec.counterfactual.recipe(), "members": members}
+            pruned = counterfactual.start == "pruned"
+            recipe["base"] = self.pruned_id if pruned else self.dense_id
+        recipe["counterfactual"] = counterfactual.recipe()
+        recipe["members"] = self._digests(coalition)
+        if counterfactual.unlearns:
+            recipe["removed"] = self._digests(coalition.complement())
+        return recipe
+
+    def _digests(self, coalition: Coalition) -> list[str]:
+        return [c.digest for c in self.card.roster.members(coalition)]
 
     # -- the plan ---------------------------------------------------------------------------------
 
     @cached_property
     def plan(self) -> tuple[Evaluation, ...]:
-        """Every evaluation of the job, in the order in which results are read."""
+        """Every evaluation of the attribution, in the order in which results are read."""
         n = len(self.card.roster)
-        entries = self.spec.estimator.plan(n)
-        return (*(self._evaluation(entry) for entry in entries), *self._references(n))
+        study = Study("", tuple(self.spec.estimator.plan(n)), self.spec.counterfactual)
+        return (*self.evaluations(study), *self._references(n, study))
 
-    def _references(self, n: int) -> Iterator[Evaluation]:
+    @cached_property
+    def work(self) -> tuple[Evaluation, ...]:
+        """All there is to evaluate: the plan, then the studies."""
+        return (*self.plan, *(e for study in self.studies for e in self.evaluations(study)))
+
+    def evaluations(self, study: Study) -> Iterator[Evaluation]:
+        """Yield the evaluations of a study, in the order of its entries."""
+        return (self._evaluation(entry, "derived", study) for entry in study.entries)
+
+    def _references(self, n: int, study: Study) -> Iterator[Evaluation]:
         """Models that show what pruning and v(all) mean; they are the paper's own endpoints."""
         everyone, nobody = Coalition.grand(n), Coalition.empty(n)
-        yield self._evaluation(
-            Entry("reference", 0, everyone, "grand", None, 0, 0, None), "trained"
+        references: tuple[tuple[Coalition, Role, Subject], ...] = (
+            (everyone, "grand", "trained"),
+            (everyone, "grand", "pruned"),
+            (nobody, "empty", "untrained"),
         )
-        yield self._evaluation(Entry("reference", 1, everyone, "grand", None, 0, 0, None), "pruned")
-        yield self._evaluation(
-            Entry("reference", 2, nobody, "empty", None, 0, 0, None), "untrained"
-        )
+        for index, (coalition, role, subject) in enumerate(references):
+            entry = Entry("reference", index, coalition, role, None, 0, 0, None)
+            yield self._evaluation(entry, subject, study)
 
-    def _evaluation(self, entry: Entry, subject: Subject = "derived") -> Evaluation:
-        recipe = self.run_recipe(entry.coalition, entry.replicate, subject)
-        return Evaluation(entry, subject, recipe)
+    def _evaluation(self, entry: Entry, subject: Subject, study: Study) -> Evaluation:
+        recipe = self.run_recipe(entry.coalition, entry.replicate, subject, study)
+        return Evaluation(entry, subject, study, recipe)
 
     def settled(self, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation that stands in for `evaluation` where it diverges each time."""
@@ -361,7 +400,8 @@ class Job:
         if "seed" not in evaluation.recipe:
             return evaluation  # the trained and the pruned model: there is no other
         replicate = evaluation.entry.replicate % SUBSTITUTE + attempt * SUBSTITUTE
-        return self._evaluation(replace(evaluation.entry, replicate=replicate), evaluation.subject)
+        entry = replace(evaluation.entry, replicate=replicate)
+        return self._evaluation(entry, evaluation.subject, evaluation.study)
 
     def missing_properties(self, evaluation: Evaluation) -> list[Property]:
         """Return the properties without a value for this evaluation."""
@@ -407,7 +447,7 @@ class Job:
         return digest(self.content)
 
     def write_down(self) -> None:
-        """Publish the resolved spec and the plan, before any work."""
+        """Publish the resolved spec and all there is to evaluate, before any work."""
         self.ledger.mark()
         fact = {"name": self.spec.name, "content": self.content}
         self.ledger.publish_fact(self.ledger.spec_name(self.spec_digest), fact)
@@ -417,7 +457,7 @@ class Job:
             "bases": [self.dense_id, self.pruned_id],
             "properties": sorted(self.instruments),
         }
-        lines = [head, *(_plan_line(e) for e in self.plan)]
+        lines = [head, *(_plan_line(e) for e in self.work)]
         content = b"".join(canonical(line) + b"\n" for line in lines)
         self.ledger.publish_same(self.ledger.plan_name(self.spec_digest, content), content)
 
@@ -440,6 +480,7 @@ def _plan_line(evaluation: Evaluation) -> dict[str, Any]:
         "probability": entry.probability,
         "subject": evaluation.subject,
         "key": evaluation.key,
+        **({"study": evaluation.study.name} if evaluation.study.name else {}),
     }
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from attr_batch import __version__, outlook, results
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
-from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job
+from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
@@ -56,7 +56,8 @@ def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
         started = time.perf_counter()
         model = lab.model(evaluation, upkeep)  # the counterfactual: k steps on the coalition's data
         trained = time.perf_counter()
-        samples = lab.draw(model, upkeep)  # from the same initial noise for every coalition
+        seed = evaluation.recipe["sampling_seed"]  # the same initial noise for every coalition
+        samples = lab.draw(model, seed, upkeep)
         drawn = time.perf_counter()
         seconds = {"finetune": trained - started, "sample": drawn - trained}
         lab.keep(evaluation, samples, seconds)
@@ -155,26 +156,32 @@ class Laboratory:
         """Return the evaluation's model, ready to sample from. Diverged if training did."""
         if evaluation.subject != "derived":
             return self.base.reference(evaluation.subject, evaluation.recipe.get("seed"))
-        members = self.job.dataset.subset(evaluation.entry.coalition)
+        counterfactual, dataset = evaluation.study.counterfactual, self.job.dataset
+        coalition = evaluation.entry.coalition
+        removed = dataset.subset(coalition.complement()).images if counterfactual.unlearns else None
         with _divergence():
-            return self.spec.counterfactual.derive(
+            return counterfactual.derive(
                 self.base,
-                members.images,
+                dataset.subset(coalition).images,
+                removed,
                 seed=evaluation.recipe["seed"],
                 checkpoint=self._checkpoint(evaluation),
                 upkeep=upkeep,
                 device=self.device,
             )
 
-    def draw(self, model: Any, upkeep: Upkeep) -> np.ndarray:
-        """Return samples, uint8 (images, channels, size, size). Diverged if not finite."""
+    def draw(self, model: Any, seed: int, upkeep: Upkeep) -> np.ndarray:
+        """Return uint8 samples (images, channels, size, size) from the initial noise of `seed`.
+
+        Diverged if they are not finite.
+        """
         card = self.job.card
         with _divergence():
             return self.spec.sampling.draw(
                 model,
                 self.base.schedule,
                 (card.channels, card.size, card.size),
-                self.job.sampling_seed,
+                seed,
                 device=self.device,
                 upkeep=upkeep,
             )
@@ -293,7 +300,7 @@ class Worker:
             if evaluation is not None:
                 self._finished.add(evaluation.key)
                 self._evaluate(evaluation)
-            elif self.waits and any(e.key not in self._finished for e in self.job.plan):
+            elif self.waits and any(e.key not in self._finished for e in self.job.work):
                 self._breathe()  # another process is at the last ones: should it die, we go on
             else:
                 return
@@ -335,7 +342,7 @@ class Worker:
 
     def _next(self) -> Evaluation | None:
         """Claim the next evaluation: own ones in order, then missing ones from the far end."""
-        plan = self.job.plan
+        plan = self.job.work
         for evaluation in (*plan[self.shard :: self.shards], *reversed(plan)):
             if evaluation.key in self._finished:
                 continue
@@ -419,6 +426,7 @@ class Worker:
 
 def _worker_process(
     spec: JobSpec,
+    studies: Sequence[Study],
     shard: int,
     shards: int,
     session: str,
@@ -442,7 +450,7 @@ def _worker_process(
     try:
         import torch
 
-        job = Job(spec)
+        job = Job(spec, studies)
         if job.numerics["device"] == "cpu":
             torch.set_num_threads(1)
         elif not torch.cuda.is_available():
@@ -467,7 +475,7 @@ class Crew:
 
     def __init__(self, job: Job, shard: int, shards: int) -> None:
         self.session = secrets.token_hex(8)
-        missing = sum(not job.done(evaluation) for evaluation in job.plan)
+        missing = sum(not job.done(evaluation) for evaluation in job.work)
         workers = min(job.workers, missing) if prepared(job) else job.workers
         context = multiprocessing.get_context("spawn")
         if job.numerics["device"] == "cpu":
@@ -479,6 +487,7 @@ class Crew:
             receiver, sender = context.Pipe(duplex=False)
             arguments = (
                 job.spec,
+                job.studies,
                 shard * workers + worker,
                 shards * workers,
                 self.session,
@@ -551,7 +560,7 @@ def evaluate(
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
     if error is not None and not complete(job):
         raise error
-    failed = [f for e in job.plan if (f := job.ledger.failure(e.key)) and not job.done(e)]
+    failed = [f for e in job.work if (f := job.ledger.failure(e.key)) and not job.done(e)]
     mine = [f for f in failed if f["session"] == crew.session]
     if shards > 1 and len(mine) > job.spec.estimator.max_failed:
         what = f"{len(mine)} evaluations of this shard failed, the first: {mine[0]['message']}"
@@ -580,7 +589,7 @@ class _Watch:
         self.job = job
         self._missing_things = Laboratory(job).things()
         self._things = len(self._missing_things)
-        self._missing: Sequence[Evaluation] = job.plan
+        self._missing: Sequence[Evaluation] = job.work
         self._progress: Progress | None = None
         self._last = 0.0
 
@@ -598,12 +607,12 @@ class _Watch:
             self._update("prepare", "thing", self._things - len(self._missing_things), figures)
             return
         self._missing = [e for e in self._missing if not self.job.done(e)]
-        self._update("evaluate", "coalition", len(self.job.plan) - len(self._missing), {})
+        self._update("evaluate", "coalition", len(self.job.work) - len(self._missing), {})
 
     def _update(self, label: str, unit: str, done: int, figures: dict[str, Any]) -> None:
         if self._progress is None or self._progress.label != label:
             self.close()
-            total = self._things if label == "prepare" else len(self.job.plan)
+            total = self._things if label == "prepare" else len(self.job.work)
             self._progress = Progress(label, total, unit=unit)
         self._progress.update(done, **figures)
 
@@ -624,7 +633,7 @@ def run(
         Interrupted: stopped by a signal; checkpoints are written.
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
-    started, reused = time.monotonic(), sum(map(job.done, job.plan))
+    started, reused = time.monotonic(), sum(map(job.done, job.work))
     session, why = None, outlook.reasons(job)
     job.write_down()
     mirror = results.Mirror(job) if shard == 0 else None
@@ -649,7 +658,7 @@ def run(
 
 def complete(job: Job) -> bool:
     """Return whether everything shared is made and every evaluation has its values."""
-    return prepared(job) and all(job.done(evaluation) for evaluation in job.plan)
+    return prepared(job) and all(job.done(evaluation) for evaluation in job.work)
 
 
 def prepared(job: Job) -> bool:
@@ -660,13 +669,13 @@ def prepared(job: Job) -> bool:
 def _others_at_work(job: Job, shards: int) -> bool:
     """Return whether some missing evaluation has not failed: another shard has it or will."""
     return shards > 1 and any(
-        not job.done(e) and job.ledger.failure(e.key) is None for e in job.plan
+        not job.done(e) and job.ledger.failure(e.key) is None for e in job.work
     )
 
 
 def announce(job: Job, why: dict[str, Any]) -> None:
     """Say what there is to do, and which paths of the spec made it new."""
-    missing = sum(not job.done(e) for e in job.plan)
-    say(f"{job.spec.name}: {missing} of {len(job.plan)} evaluations to do; store {job.ledger}")
+    missing = sum(not job.done(e) for e in job.work)
+    say(f"{job.spec.name}: {missing} of {len(job.work)} evaluations to do; store {job.ledger}")
     for line in outlook.reasons_text(why):
         say(f"  {line}")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from attr_batch.counterfactual import Counterfactual, SparsifiedFinetune
+from attr_batch.counterfactual import Counterfactual, Retrain, SparsifiedFinetune
 from attr_batch.data import Data
 from attr_batch.errors import Problem, SpecError
 from attr_batch.estimators import Estimator
@@ -68,6 +68,31 @@ class Resources(Part):
     )
 
 
+class Subsets(Part):
+    """Coalitions of one size that the oracle retrains: floor(alpha n) contributors."""
+
+    alpha: float = Field(gt=0, lt=1, description="Share of the contributors in a subset.")
+    count: int = Field(ge=3, le=10_000, description="Subsets; fewer where there are no more.")
+    seeds: int = Field(default=1, ge=1, le=20, description="Retrainings of each, from new noise.")
+
+
+class Validation(Part):
+    """What `attr-batch validate` does beside the job. Nothing here changes the attribution."""
+
+    oracle: Retrain = Field(
+        default_factory=Retrain, description="How the model of a coalition is really trained."
+    )
+    subsets: tuple[Subsets, ...] = Field(
+        default=(
+            Subsets(alpha=0.5, count=100, seeds=2),
+            Subsets(alpha=0.25, count=20),
+            Subsets(alpha=0.75, count=20),
+        ),
+        max_length=20,
+        description="The paper has 100 at each of .25, .5, .75, and three seeds.",
+    )
+
+
 class JobSpec(Part):
     """One attribution job."""
 
@@ -92,6 +117,7 @@ class JobSpec(Part):
         "unpruned trained and untrained model as published.",
     )
     estimator: Estimator
+    validation: Validation = Field(default_factory=Validation)
     tracking: Tracking = Field(default_factory=Tracking)
     resources: Resources = Field(default_factory=Resources)
 

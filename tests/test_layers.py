@@ -22,7 +22,7 @@ LAYERS = [
     ],
     ["spec"],
     ["tracking", "job", "results", "outlook"],
-    ["runner", "doctor"],
+    ["runner", "validate", "doctor"],
     ["cli"],
 ]  # fmt: skip
 PLACE = {name: (layer, i) for layer, names in enumerate(LAYERS) for i, name in enumerate(names)}

@@ -18,6 +18,7 @@ from attr_batch.estimators.attribution import Attribution, attribute
 from attr_batch.estimators.design import Entry, Role
 from attr_batch.estimators.observations import Observation, gather
 from attr_batch.estimators.ridge import ridge
+from attr_batch.estimators.surrogate import Surrogate
 from attr_batch.recipe import Part
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Reference",
     "Ridge",
     "Role",
+    "Surrogate",
 ]
 
 Confidence = Annotated[float, Field(gt=0, lt=1)]
@@ -89,7 +91,9 @@ class Reference(_Budgeted):
     def _design(self, n: int) -> Iterator[Entry]:
         return design.independent(n, self.seed)
 
-    def estimate(self, observations: Sequence[Observation], n: int) -> Attribution:
+    def estimate(
+        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+    ) -> Attribution:
         """Return the values of Eq. 5. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n)
         return attribute(
@@ -105,7 +109,9 @@ class PairedLS(_Budgeted):
 
     kind: Literal["paired_ls"] = "paired_ls"
 
-    def estimate(self, observations: Sequence[Observation], n: int) -> Attribution:
+    def estimate(
+        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+    ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n)
         if evidence.rows.complete:
@@ -124,7 +130,9 @@ class Ridge(_Budgeted):
 
     kind: Literal["ridge"] = "ridge"
 
-    def estimate(self, observations: Sequence[Observation], n: int) -> Attribution:
+    def estimate(
+        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+    ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n)
         if evidence.rows.complete:
@@ -164,7 +172,9 @@ class Exact(Part):
             )
         return [*design.endpoints(n, self.endpoint_replicates), *design.exhaustive(n)]
 
-    def estimate(self, observations: Sequence[Observation], n: int) -> Attribution:
+    def estimate(
+        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+    ) -> Attribution:
         """Return the values. IncompleteDesign unless every coalition has a value."""
         evidence = gather(observations, n)
         if not evidence.rows.complete:

@@ -36,6 +36,7 @@ HOLDOUT_SHARE = 8  # one in eight pairs of a middle size is kept for the check
 # Draws have to be repeatable, not secret: hence the S311 exemptions below.
 _GOLDEN = (5**0.5 - 1) / 2
 MAX_PLAYERS = 5_000  # the readings take n^3 operations
+_LISTED = 10_000  # so many coalitions of one size are shuffled rather than drawn
 _MISSES = 64  # after so many draws in vain most of a size is taken: list what is left
 
 
@@ -50,7 +51,7 @@ class Entry:
     chance); None where nothing was drawn by chance.
     """
 
-    sequence: Literal["endpoint", "design", "holdout", "reference"]
+    sequence: Literal["endpoint", "design", "holdout", "reference", "oracle"]
     index: int
     coalition: Coalition
     role: Role
@@ -153,6 +154,22 @@ def holdout(n: int, seed: int) -> Iterator[Entry]:
             taken.add(mask)
             yield Entry("holdout", index, Coalition(mask, n), "holdout", None, 0, 0, None)
             index += 1
+
+
+def of_size(n: int, s: int, seed: int) -> Iterator[Coalition]:
+    """Yield the coalitions of s members in random order, each once."""
+    rng = Random(derive_seed("of size", n, s, seed))  # noqa: S311
+    if comb(n, s) <= _LISTED:
+        masks = [Coalition.of(members, n).mask for members in combinations(range(n), s)]
+        _shuffle(rng, masks)
+        yield from (Coalition(mask, n) for mask in masks)
+        return
+    seen: set[int] = set()
+    while len(seen) < comb(n, s):
+        mask = _subset(rng, n, s)
+        if mask not in seen:
+            seen.add(mask)
+            yield Coalition(mask, n)
 
 
 def check_players(n: int, where: str | None = None) -> None:
