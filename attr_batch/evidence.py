@@ -101,3 +101,124 @@ class Cost(TypedDict):
     median_seconds_per_coalition: float | None
     wall_seconds: float | None
     machines: list[str]
+
+
+# -- validation.json ------------------------------------------------------------------------------
+
+
+class Estimate(TypedDict):
+    """A figure and its 95 % bootstrap interval; None where it could not be computed."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class OracleSet(TypedDict):
+    """Coalitions that were retrained, of one size or of mixed sizes, and what limits an LDS there.
+
+    All four figures are rank correlations (1 = perfect) under one protocol: prediction against one
+    retraining. `ceiling`: one retraining predicted by another; `additivity`: by the best additive
+    model, cross-validated on the retrainings themselves; `floor`: by the equal split; `chance95`:
+    what unrelated numbers stay below with 95 % chance.
+    """
+
+    name: str  # "alpha=0.5", "mixed"
+    alpha: float | None  # None for mixed sizes
+    size: int | None
+    subsets: int  # retrained so far
+    planned: int
+    seeds: int
+    ceiling: Estimate
+    additivity: Estimate
+    floor: float | None
+    chance95: float
+    mean: float  # of the property over the retrainings
+    sd: float
+
+
+class Method(TypedDict):
+    """One way to attribute, judged by the retrainings; a row of the comparison table."""
+
+    name: str  # unique: "ridge", "reference", "leave_one_out", "finetune, ridge", "trak mean"
+    family: Literal["estimator", "counterfactual", "baseline"]
+    counterfactual: str | None  # "sparsified_finetune, 100 steps"
+    evaluations: int  # coalitions fine-tuned (or retrained) for it, endpoints included
+    seconds: float | None  # worker seconds for these evaluations, or for the baseline
+    designs: int  # seeds of the design that the figures are averaged over
+    collapsed: int | None  # in how many of them the ridge fell back to the equal split
+    values: list[float]  # mean over designs, in the order of `contributors`
+    lds: dict[str, Estimate]  # by OracleSet.name
+    lead: dict[str, dict[str, Estimate]]  # LDS of the headline less this one's, by OracleSet.name
+    agreement: Estimate  # Pearson correlation with the Shapley values of the retrainings
+
+
+class Fidelity(TypedDict):
+    """How well v(S) of one counterfactual follows retraining (the paper's Eq. 6, Prop. 1)."""
+
+    counterfactual: str  # kind
+    steps: int | None
+    ema: str | None  # restarted, raw, continued
+    coalitions: int
+    pearson: Estimate
+    spearman: float | None
+    rmse: float | None  # in the property's unit
+    bias: float | None  # mean of v(S) less retraining
+    seconds: float | None  # median worker seconds of a coalition
+
+
+class Budget(TypedDict):
+    """LDS by what was spent."""
+
+    counterfactual: str  # "sparsified_finetune, 100 steps"
+    estimator: str
+    evaluations: int  # design coalitions
+    seconds: float  # of these and the endpoints
+    lds: float | None  # on the first oracle set, mean over designs
+    agreement: float | None
+
+
+class Removal(TypedDict):
+    """Retraining without the contributors a method ranks first, or with these alone."""
+
+    method: str
+    keeps: bool  # False: the top `share` removed; True: only the top `share` kept
+    share: float
+    contributors: int  # removed or kept
+    value: float
+    change: float  # relative to retraining on everything
+
+
+class PropertyValidation(TypedDict):
+    """Everything found out about one property."""
+
+    name: str
+    title: str
+    unit: str
+    oracle: list[OracleSet]  # the first is the one that curves are drawn for
+    methods: list[Method]  # the headline method first
+    fidelity: list[Fidelity]
+    budget: list[Budget]
+    removal: list[Removal]
+    reference: list[float] | None  # Shapley values of the retrainings
+    reference_low: list[float] | None
+    reference_high: list[float] | None
+    reference_reliability: float | None  # share of their spread that is not noise
+    v_full: float | None  # retrained on everything
+
+
+class Validation(TypedDict):
+    """`validation.json`: is the attribution right? Retrainings decide."""
+
+    job: str
+    spec_digest: str
+    version: str
+    contributors: list[str]
+    oracle: str  # "retrain, 600 steps"
+    complete: bool
+    done: int  # evaluations
+    planned: int
+    seconds: dict[str, float]  # worker seconds by study
+    bootstrap: int  # draws
+    properties: list[PropertyValidation]  # the headline first
+    provenance: dict[str, str]
