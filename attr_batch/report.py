@@ -13,13 +13,21 @@ behind it is marked where it stands, not in a footnote.
 
 from __future__ import annotations
 
-import html
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attr_batch.document import (
+    bullets,
+    document,
+    duration,
+    facts_table,
+    items,
+    plate,
+    safe,
+    upper,
+)
 from attr_batch.evidence import Cost, Evidence, Grid, PropertyEvidence
 from attr_batch.figures import (
     MOST_ROWS,
@@ -216,12 +224,6 @@ def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
     facts = evidence["properties"]
     title = facts[first["property"]]["title"]
     state = "PROVISIONAL: " if evidence["provisional"] else ""
-    banner = (
-        '<p class="provisional" role="status">Provisional: the plan is not complete. '
-        "Pay nobody by this page.</p>"
-        if evidence["provisional"]
-        else ""
-    )
     sections = [
         ("values", "Values", _values(first, facts[first["property"]])),
         ("check", "Does it predict?", _check_section(first, facts[first["property"]])),
@@ -230,28 +232,21 @@ def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
         ("others", "Other properties", "".join(_folded(a, facts[a["property"]]) for a in others)),
         ("cost", "What it took", _cost(evidence, cost)),
         ("provenance", "Provenance", _provenance(first, evidence)),
-        ("limits", "What this does not say", _list(_LIMITATIONS)),
+        ("limits", "What this does not say", bullets(_LIMITATIONS)),
     ]
-    sections = [(key, name, body) for key, name, body in sections if body]
-    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections)
-    bodies = "".join(
-        f'<section aria-labelledby="{key}"><h2 id="{key}">{name}</h2>{body}</section>'
-        for key, name, body in sections
-    )
-    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{state}{_safe(evidence['job'])}: who contributed to {_safe(title)}</title>"
-        f"<style>\n{css}</style></head>\n<body>{banner}"
-        f'<header><p class="over">Attribution statement</p><h1>{_safe(evidence["job"])}</h1>'
+    header = (
+        f'<p class="over">Attribution statement</p><h1>{safe(evidence["job"])}</h1>'
         f"{_lead(first, facts[first['property']])}"
-        f"{_marks(first, evidence['provisional'])}</header>"
-        f'<nav aria-label="Sections">{links}</nav>\n<main>{bodies}</main>\n'
-        f"<footer><p>attr-batch {_safe(first['version'])}, spec "
-        f"{_safe(first['spec_digest'][:12])}</p></footer></body></html>\n"
+        f"{_marks(first, evidence['provisional'])}"
+    )
+    return document(
+        f"{state}{evidence['job']}: who contributed to {title}",
+        header,
+        sections,
+        f"attr-batch {first['version']}, spec {first['spec_digest'][:12]}",
+        banner="Provisional: the plan is not complete. Pay nobody by this page."
+        if evidence["provisional"]
+        else "",
     )
 
 
@@ -269,21 +264,21 @@ def _lead(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
         )
     return (
         f'<p class="lead">What each of {len(attribution["contributors"])} contributors adds to '
-        f"<b>{_safe(facts['title'])}</b> (a higher value means {_safe(facts['higher_means'])}).</p>"
-        f"<p>A contributor's value is {_safe(meaning)}.{total}</p>"
+        f"<b>{safe(facts['title'])}</b> (a higher value means {safe(facts['higher_means'])}).</p>"
+        f"<p>A contributor's value is {safe(meaning)}.{total}</p>"
     )
 
 
 def _marks(attribution: Mapping[str, Any], provisional: bool) -> str:
     found = marks(attribution, provisional)
-    items = "".join(f"<li><b>{_safe(what)}:</b> {_safe(why)}.</li>" for what, why in found)
+    items = "".join(f"<li><b>{safe(what)}:</b> {safe(why)}.</li>" for what, why in found)
     return f'<ul class="marks" aria-label="Reservations">{items}</ul>' if items else ""
 
 
 def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     confidence = f"{100 * attribution['interval']['confidence']:g} %"
     caption = (
-        f"{_safe(_upper(facts['title']))}: values by {_safe(attribution['estimator'])} from "
+        f"{safe(upper(facts['title']))}: values by {safe(attribution['estimator'])} from "
         f"{attribution['coalitions']['used']} coalitions, largest first."
     )
     ranked = list(enumerate(_ranked(attribution), 1))
@@ -294,7 +289,7 @@ def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
         text += f"<details><summary>{rest[:-1]}</summary>{folded}</details>"
     legend = (
         '<span class="key"><i class="k-value" aria-hidden="true">●</i> value by '
-        f"{_safe(attribution['estimator'])}</span>"
+        f"{safe(attribution['estimator'])}</span>"
     )
     if any(c["ls_value"] is not None for c in attribution["contributors"]):
         shape = "◇" if len(ranked) <= MOST_ROWS else "│"
@@ -309,7 +304,7 @@ def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
             f"of 1 shows as about {slope:.2f}.</span>"
         )
     title = f"{facts['title']}: value and interval of each contributor"
-    return text + _plate(interval_svg(dict(attribution), title), legend)
+    return text + plate(interval_svg(dict(attribution), title), legend)
 
 
 def _table(
@@ -352,7 +347,7 @@ def _table(
         )
         body.append(
             f'<tr role="row"><td role="cell" class="rank">{rank}</td><th scope="row" '
-            f'role="rowheader" class="name"><bdi>{_safe(c["id"])}</bdi></th>'
+            f'role="rowheader" class="name"><bdi>{safe(c["id"])}</bdi></th>'
             f'<td role="cell" class="val">{number(value, digits)}</td>'
             + "".join(
                 f'<td role="cell" class="more" data-label="{name}">{text}</td>'
@@ -398,7 +393,7 @@ def _check_section(attribution: Mapping[str, Any], facts: PropertyEvidence) -> s
         "<p>Some coalitions were measured but not used for the values. For them, the sum of the "
         "members' values and a curve of the size are a prediction that could have failed.</p>"
     )
-    return text + _plate(holdout_svg(dict(attribution), facts), _facts(rows))
+    return text + plate(holdout_svg(dict(attribution), facts), facts_table(rows))
 
 
 def _utilities(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
@@ -428,7 +423,7 @@ def _utilities(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     )
     if paper:
         legend += '<span class="key"><span aria-hidden="true">✕</span> as the paper takes it</span>'
-    return _plate(utility_svg(dict(attribution), facts), legend) + _facts(rows)
+    return plate(utility_svg(dict(attribution), facts), legend) + facts_table(rows)
 
 
 def _samples(grids: Sequence[Grid]) -> str:
@@ -436,10 +431,10 @@ def _samples(grids: Sequence[Grid]) -> str:
     for grid in grids:
         members = grid["members"]
         who = "" if members is None else f": {_members(members)}"
-        caption = f"{_safe(grid['caption'])}{who}"
+        caption = f"{safe(grid['caption'])}{who}"
         sheets.append(
-            f'<figure><img alt="Samples: {_safe(grid["caption"])}" '
-            f'src="data:image/png;base64,{_safe(grid["png_base64"])}">'
+            f'<figure><img alt="Samples: {safe(grid["caption"])}" '
+            f'src="data:image/png;base64,{safe(grid["png_base64"])}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     note = "<p>Drawn from the same starting noise, image by image.</p>"
@@ -450,21 +445,21 @@ def _folded(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     digits = decimals(attribution["contributors"])
     full, empty = (number(attribution[k], digits) for k in ("v_full", "v_empty"))
     return (
-        f"<details><summary>{_safe(_upper(facts['title']))} <small>v(full) {full}, v(empty) "
-        f"{empty}; held-out check: {_safe(_check(attribution))}</small></summary>"
-        f"<p>A higher value means {_safe(facts['higher_means'])}.</p>{_marks(attribution, False)}"
+        f"<details><summary>{safe(upper(facts['title']))} <small>v(full) {full}, v(empty) "
+        f"{empty}; held-out check: {safe(_check(attribution))}</small></summary>"
+        f"<p>A higher value means {safe(facts['higher_means'])}.</p>{_marks(attribution, False)}"
         f"{_values(attribution, facts)}<h3>Held-out check</h3>{_check_section(attribution, facts)}"
         f"<h3>What was measured</h3>{_utilities(attribution, facts)}</details>"
     )
 
 
 def _cost(evidence: Evidence, cost: Cost) -> str:
-    rows = [(name, _seconds(s)) for name, s in cost["seconds"].items()]
-    rows.append(("all phases", _seconds(sum(cost["seconds"].values()))))
+    rows = [(name, duration(s)) for name, s in cost["seconds"].items()]
+    rows.append(("all phases", duration(sum(cost["seconds"].values()))))
     if cost["wall_seconds"] is not None:
-        rows.append(("from start to end", _seconds(cost["wall_seconds"])))
+        rows.append(("from start to end", duration(cost["wall_seconds"])))
     if cost["median_seconds_per_coalition"] is not None:
-        rows.append(("one coalition (median)", _seconds(cost["median_seconds_per_coalition"])))
+        rows.append(("one coalition (median)", duration(cost["median_seconds_per_coalition"])))
     rows.append(("coalitions computed", f"{cost['evaluated']:,}"))
     rows.append(("coalitions found in the store", f"{cost['reused']:,}"))
     pruning = evidence["pruning"]
@@ -474,7 +469,7 @@ def _cost(evidence: Evidence, cost: Cost) -> str:
             fewer = f"{before / after:.2f}× fewer" if after else ""
             rows.append((f"{name}, pruned", f"{before:,} → {after:,} ({fewer})"))
     rows.append(("machines", ", ".join(cost["machines"]) or "–"))
-    return _facts(rows)
+    return facts_table(rows)
 
 
 def _provenance(attribution: Mapping[str, Any], evidence: Evidence) -> str:
@@ -490,15 +485,15 @@ def _provenance(attribution: Mapping[str, Any], evidence: Evidence) -> str:
         **evidence["provenance"],
     }
     cards = [(card["kind"], _flat(card["card"])) for card in evidence["instruments"]]
-    text = _facts([*rows.items(), *cards], "long")
+    text = facts_table([*rows.items(), *cards], "long")
     if evidence["warnings"]:
-        text = f'<ul class="marks">{_items(evidence["warnings"])}</ul>' + text
+        text = f'<ul class="marks">{items(evidence["warnings"])}</ul>' + text
     if evidence["failures"]:
         failures = [
             f"{f['coalition']}, replicate {f['replicate']}: {f['what']}"
             for f in evidence["failures"]
         ]
-        text += f"<h3>Coalitions without a value</h3>{_list(failures)}"
+        text += f"<h3>Coalitions without a value</h3>{bullets(failures)}"
     return text
 
 
@@ -531,21 +526,10 @@ def _pc(part: float) -> str:
     return f"{100 * part:.2f}%"
 
 
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]  # str.capitalize would lower the rest of a name
-
-
-def _seconds(s: float) -> str:
-    if s < 120:
-        return f"{s:.1f} s"
-    hours, rest = divmod(round(s), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
-
-
 def _members(members: Sequence[str]) -> str:
     if not members:
         return "nobody"
-    shown = ", ".join(f"<bdi>{_safe(m)}</bdi>" for m in members[:12])
+    shown = ", ".join(f"<bdi>{safe(m)}</bdi>" for m in members[:12])
     return shown + (f" and {len(members) - 12} more" if len(members) > 12 else "")
 
 
@@ -555,27 +539,3 @@ def _flat(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_flat, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _facts(rows: Iterable[tuple[str, str]], style: str = "") -> str:
-    body = "".join(
-        f'<tr><th scope="row">{_safe(name)}</th><td class="{style}">{_safe(text)}</td></tr>'
-        for name, text in rows
-    )
-    return f'<table class="facts"><tbody>{body}</tbody></table>'
-
-
-def _plate(svg: str, caption: str) -> str:
-    return f'<figure class="plate">{svg}<figcaption>{caption}</figcaption></figure>'
-
-
-def _items(texts: Iterable[str]) -> str:
-    return "".join(f"<li>{_safe(text)}</li>" for text in texts)
-
-
-def _list(texts: Iterable[str]) -> str:
-    return f"<ul>{_items(texts)}</ul>"
-
-
-def _safe(text: str) -> str:
-    return html.escape(visible(text), quote=True)
