@@ -13,7 +13,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,10 +47,14 @@ ROLES: Any = {"endpoint": "endpoint", "design": "design", "holdout": "holdout"}
 
 
 class Facts:
-    """All that the ledger knows of a job's evaluations. Facts do not change: each is read once."""
+    """All that the ledger knows of a job's plan, or of the evaluations given.
 
-    def __init__(self, job: Job) -> None:
+    Facts do not change: each is read once.
+    """
+
+    def __init__(self, job: Job, evaluations: Sequence[Evaluation] | None = None) -> None:
         self.job = job
+        self._evaluations = evaluations
         self.rows: list[tuple[Evaluation, Evaluation]] = []  # as planned, and what stands in for it
         self.values: dict[tuple[str, str], dict[str, Any]] = {}  # by (run key, property name)
         self.derivations: dict[str, dict[str, Any]] = {}  # by run key
@@ -59,7 +63,8 @@ class Facts:
     def refresh(self) -> None:
         """Read what has been published since the last time."""
         job, ledger = self.job, self.job.ledger
-        self.rows = [(e, e if self._whole(e) else job.settled(e)) for e in job.plan]
+        planned = job.plan if self._evaluations is None else self._evaluations
+        self.rows = [(e, e if self._whole(e) else job.settled(e)) for e in planned]
         for _, run in self.rows:
             if self._whole(run):
                 continue

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from attr_batch.counterfactual import Counterfactual, Retrain, SparsifiedFinetune
 from attr_batch.data import Data
@@ -29,6 +29,9 @@ from attr_batch.sampling import Sampling
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Tracking(Part):
@@ -72,8 +75,32 @@ class Subsets(Part):
     """Coalitions of one size that the oracle retrains: floor(alpha n) contributors."""
 
     alpha: float = Field(gt=0, lt=1, description="Share of the contributors in a subset.")
-    count: int = Field(ge=3, le=10_000, description="Subsets; fewer where there are no more.")
+    count: int = Field(ge=5, le=10_000, description="Subsets; fewer where there are no more.")
     seeds: int = Field(default=1, ge=1, le=20, description="Retrainings of each, from new noise.")
+
+
+class Steps(Part):
+    """At which k, and from which weights, v(S) is compared with retraining (Eq. 6)."""
+
+    coalitions: int = Field(default=24, ge=5, le=1000, description="Of the first `subsets`.")
+    steps: tuple[PositiveInt, ...] = Field(default=(25, 50, 100, 200, 400), max_length=20)
+    ema: tuple[Literal["restarted", "raw", "continued"], ...] = (
+        "restarted",
+        "raw",
+        "continued",
+    )
+
+
+class Removal(Part):
+    """Retraining without the contributors that a method ranks first, and with these alone."""
+
+    methods: tuple[str, ...] = Field(
+        default=("estimator", "leave_one_out"),
+        max_length=20,
+        description="`estimator` is the job's own; others as the comparison table calls them.",
+    )
+    remove: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4)
+    keep: tuple[Share, ...] = (0.95, 0.9, 0.8, 0.7, 0.6)
 
 
 class Validation(Part):
@@ -88,9 +115,29 @@ class Validation(Part):
             Subsets(alpha=0.25, count=20),
             Subsets(alpha=0.75, count=20),
         ),
+        min_length=1,
         max_length=20,
-        description="The paper has 100 at each of .25, .5, .75, and three seeds.",
+        description="The first decides. The paper has 100 at each of .25, .5, .75, three seeds.",
     )
+    reference: int = Field(
+        default=60,
+        ge=0,
+        le=10_000,
+        multiple_of=2,
+        description="Retrainings of a paired design: Shapley values of retraining itself.",
+    )
+    designs: int = Field(
+        default=3, ge=1, le=50, description="Seeds of the estimator's design that are averaged."
+    )
+    estimators: tuple[Literal["ridge", "paired_ls", "gp", "reference"], ...] = Field(
+        default=("ridge", "paired_ls", "gp", "reference"),
+        description="Read the same designs; `reference` also its own, as published.",
+    )
+    counterfactuals: tuple[Counterfactual, ...] = Field(
+        default=(), max_length=50, description="Further ways to a coalition's model, compared."
+    )
+    steps: Steps | None = Field(default_factory=Steps)
+    removal: Removal | None = Field(default_factory=Removal)
 
 
 class JobSpec(Part):

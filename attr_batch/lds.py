@@ -1,0 +1,257 @@
+"""How well values predict retrained models: the linear datamodeling score and what limits it.
+
+LDS (Ilyas et al., 2022; the paper's Section 5.2) is Spearman's correlation, over coalitions that
+were really retrained, between the sum of the members' values and the property of the retrained
+model. It is computed against one retraining a coalition and averaged over the seeds of these.
+
+A figure alone says little. The *ceiling* is what one retraining scores at predicting another, the
+*additivity* ceiling what the best additive model scores, cross-validated on the retrainings; where
+contributors interact much, no attribution can do better. At mixed sizes the equal split predicts
+something (more data, better model): the *floor*. At a fixed size it predicts nothing, and a fixed
+size cannot see a constant added to every value.
+
+Intervals are from a bootstrap over coalitions, oracle seeds and design seeds at once. All methods
+share its draws, so the difference of two methods has an interval of its own, narrower than theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from attr_batch.estimators.attribution import chance95, spearman
+from attr_batch.estimators.regression import Array
+from attr_batch.evidence import Estimate
+from attr_batch.recipe import derive_seed
+
+DRAWS = 1000
+FOLDS = 10
+_FEWEST = 5  # coalitions of which a correlation says anything
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Retrained coalitions: memberships `Z` (m, n), property `v` (seeds, m), NaN where it lacks."""
+
+    name: str
+    alpha: float | None
+    Z: Array
+    v: Array
+
+    @cached_property
+    def whole(self) -> Oracle:
+        """The same without the seeds of which less than half is there, and what these still lack."""
+        begun = np.isfinite(self.v).mean(axis=1) > 0.5
+        v = self.v[begun] if begun.any() else self.v[:1]
+        known = np.isfinite(v).all(axis=0)
+        return Oracle(self.name, self.alpha, self.Z[known], v[:, known])
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are coalitions enough to correlate."""
+        return self.whole.v.shape[1] >= _FEWEST
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a bootstrap draws: how often each coalition, each seed and each design comes up."""
+
+    coalitions: Array  # (draws, m)
+    seeds: Array  # (draws, seeds), rows sum to one
+    seed: int
+
+    @classmethod
+    def of(cls, oracle: Oracle, seed: int, draws: int = DRAWS) -> Draws:
+        """Return draws that depend on the numbers of coalitions and seeds alone."""
+        R, m = oracle.v.shape
+        rng = np.random.default_rng(derive_seed("lds", seed, R, m))
+        return cls(_counts(rng, m, draws), _counts(rng, R, draws) / R, seed)
+
+    def designs(self, D: int) -> Array:
+        """Return how much each of D designs counts, (draws, D), rows sum to one."""
+        rng = np.random.default_rng(derive_seed("designs", self.seed, D))
+        return _counts(rng, D, len(self.coalitions)) / D
+
+
+def _counts(rng: np.random.Generator, of: int, draws: int) -> Array:
+    return rng.multinomial(of, np.full(of, 1 / of), size=draws).astype(np.float64)
+
+
+def lds(predictions: Array, oracle: Oracle, draws: Draws | None = None) -> tuple[float, Array]:
+    """Return the score of predictions (designs, m), and one score a draw.
+
+    A prediction that tells no two coalitions apart scores 0.
+    """
+    every = Draws(
+        np.ones((1, oracle.v.shape[1])), np.full((1, len(oracle.v)), 1 / len(oracle.v)), 0
+    )
+    point = _scores(
+        predictions, oracle, every, np.full((1, len(predictions)), 1 / len(predictions))
+    )
+    if draws is None:
+        return float(point[0]), np.zeros(0)
+    return float(point[0]), _scores(predictions, oracle, draws, draws.designs(len(predictions)))
+
+
+def _scores(predictions: Array, oracle: Oracle, draws: Draws, designs: Array) -> Array:
+    total = np.zeros(len(draws.coalitions))
+    ranked = [_Ranked.of(row, draws.coalitions) for row in oracle.v]
+    for d, prediction in enumerate(predictions):
+        mine = _Ranked.of(prediction, draws.coalitions)
+        for r, theirs in enumerate(ranked):
+            total += designs[:, d] * draws.seeds[:, r] * mine.correlation(theirs, draws.coalitions)
+    return total
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Ranks (draws, m) of one row in every bootstrap sample, centred, and their norm."""
+
+    ranks: Array
+    norm: Array
+
+    @classmethod
+    def of(cls, x: Array, counts: Array) -> _Ranked:
+        """Rank x where item j comes up counts[b, j] times: ties, copies too, share their mean."""
+        top = float(np.abs(x).max(initial=0))
+        digits = 12 - int(np.floor(np.log10(top))) if top > 0 else 0
+        levels, group = np.unique(np.round(x, digits), return_inverse=True)
+        mass = counts @ np.eye(len(levels))[group]
+        ranks = np.take(np.cumsum(mass, axis=1) - (mass - 1) / 2, group, axis=1)
+        ranks -= (counts * ranks).sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+        return cls(ranks, np.sqrt((counts * ranks * ranks).sum(1)))
+
+    def correlation(self, other: _Ranked, counts: Array) -> Array:
+        """Return Spearman's correlation in every sample, 0 where a side is constant."""
+        norm = self.norm * other.norm
+        inner = (counts * self.ranks * other.ranks).sum(1)
+        return np.divide(inner, norm, out=np.zeros_like(inner), where=norm > 1e-9)
+
+
+def interval(value: float | None, draws: Array) -> Estimate:
+    """Return a figure with the 2.5 and 97.5 % quantiles of its draws."""
+    if value is None or not np.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    known = draws[np.isfinite(draws)]
+    if not len(known):
+        return {"value": value, "low": None, "high": None}
+    low, high = np.quantile(known, [0.025, 0.975])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+# -- what limits the score ------------------------------------------------------------------------
+
+
+def ceiling(oracle: Oracle, draws: Draws) -> Estimate:
+    """Return what one retraining scores at predicting another, over all pairs of seeds."""
+    R = len(oracle.v)
+    if R < 2:
+        return interval(None, np.zeros(0))
+    found = [
+        lds(oracle.v[r : r + 1], Oracle(oracle.name, oracle.alpha, oracle.Z, oracle.v[q : q + 1]),
+            Draws(draws.coalitions, np.ones((len(draws.coalitions), 1)), draws.seed))
+        for r in range(R)
+        for q in range(r + 1, R)
+    ]  # fmt: skip
+    value = float(np.mean([score for score, _ in found]))
+    return interval(value, np.mean([sample for _, sample in found], axis=0))
+
+
+def additivity(oracle: Oracle, draws: Draws) -> Estimate:
+    """Return what the best additive model scores: fitted to the retrainings, cross-validated."""
+    m = oracle.v.shape[1]
+    if m < 2 * FOLDS:
+        return interval(None, np.zeros(0))
+    target, predicted = oracle.v.mean(axis=0), np.zeros(m)
+    fold = np.random.default_rng(derive_seed("folds", m)).permutation(m) % FOLDS
+    for k in range(FOLDS):
+        fit = fold != k
+        predicted[~fit] = _additive(oracle.Z[fit], target[fit], oracle.Z[~fit])
+    return interval(*lds(predicted[None], oracle, draws))
+
+
+def _additive(Z: Array, y: Array, new: Array) -> Array:
+    """Predict by an additive model with an intercept, ridge by generalised cross-validation."""
+    centre = Z.mean(axis=0)
+    U, d, Vt = np.linalg.svd(Z - centre, full_matrices=False)
+    c = U.T @ (y - y.mean())
+    rest = float(((y - y.mean()) ** 2).sum() - c @ c)
+    best, coefficients = np.inf, np.zeros(Z.shape[1])
+    for lam in np.logspace(-4, 4, 33):
+        keep = d * d / (d * d + lam)
+        left = rest + float((((1 - keep) * c) ** 2).sum())
+        criterion = left / (len(y) - 1 - keep.sum()) ** 2
+        if criterion < best:
+            best = criterion
+            coefficients = Vt.T @ (c * d / (d * d + lam))
+    return y.mean() + (new - centre) @ coefficients
+
+
+def floor(oracle: Oracle) -> float:
+    """Return what the equal split scores: 0 where all coalitions have one size."""
+    return lds(oracle.Z.sum(axis=1)[None], oracle)[0]
+
+
+# -- agreement of values with values --------------------------------------------------------------
+
+
+def pearson(a: Array, b: Array) -> float | None:
+    """Return the correlation of a and b; None where one side is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norm if norm > 1e-300 else None
+
+
+def agreement(
+    values: Array, reference: Array, reference_draws: Array, seed: int, draws: int = DRAWS
+) -> Estimate:
+    """Return the correlation of values (designs, n), averaged, with reference (n,).
+
+    The interval is over designs and over the reference's own draws (k, n).
+    """
+    value = pearson(values.mean(axis=0), reference)
+    rng = np.random.default_rng(derive_seed("agreement", seed, len(values)))
+    weights = _counts(rng, len(values), draws) / len(values)
+    picks = rng.integers(len(reference_draws), size=draws) if len(reference_draws) else []
+    found = [
+        pearson(weights[b] @ values, reference_draws[pick]) or 0.0 for b, pick in enumerate(picks)
+    ]
+    return interval(value, np.array(found))
+
+
+def correlation(
+    x: Array, y: Array, by: Callable[[Array, Array], float | None], seed: int, draws: int = DRAWS
+) -> Estimate:
+    """Return a correlation of x with y (m,), with a bootstrap interval over the m coalitions."""
+    if len(x) < _FEWEST:
+        return interval(None, np.zeros(0))
+    rng = np.random.default_rng(derive_seed("correlation", seed, len(x)))
+    rows = rng.integers(len(x), size=(draws, len(x)))
+    found = [by(x[row], y[row]) for row in rows]
+    return interval(by(x, y), np.array([np.nan if f is None else f for f in found]))
+
+
+def subset_sums(values: Sequence[Array], oracle: Oracle) -> Array:
+    """Return the predictions (designs, m) that additive values make of the oracle's coalitions."""
+    return np.stack([oracle.Z @ value for value in values])
+
+
+__all__ = [
+    "DRAWS",
+    "Draws",
+    "Oracle",
+    "additivity",
+    "agreement",
+    "ceiling",
+    "chance95",
+    "correlation",
+    "floor",
+    "interval",
+    "lds",
+    "pearson",
+    "spearman",
+    "subset_sums",
+]
