@@ -43,7 +43,10 @@ class _Budgeted(Part):
 
     `budget` counts design evaluations, by default six for each contributor (the intervals need
     five); endpoints and holdout come on top. `max_failed` is how many entries of the plan may stay
-    without a value.
+    without a value. `target_half_width`, in the headline property's unit: stop after the first
+    batch at which the mean half-width of its intervals is no wider; the budget is the upper limit.
+    `continues`: digest, or its beginning, of an earlier job's spec with other contributors, whose
+    coalitions stand in for those of the design that they are exchangeable with.
     """
 
     budget: int | None = Field(None, ge=2, le=200_000)
@@ -52,6 +55,8 @@ class _Budgeted(Part):
     holdout: int = Field(12, ge=0, le=10_000)
     endpoint_replicates: int = Field(4, ge=1, le=100)
     max_failed: int = Field(0, ge=0)
+    target_half_width: float | None = Field(None, gt=0)
+    continues: str | None = Field(None, pattern="^[0-9a-f]{8,64}$")
 
     @field_validator("budget")
     @classmethod
