@@ -52,6 +52,7 @@ class _Budgeted(Part):
     budget: int | None = Field(None, ge=2, le=200_000)
     seed: int = 0
     confidence: Confidence = 0.95
+    interval: regression.Sandwich = "hc2"
     holdout: int = Field(12, ge=0, le=10_000)
     endpoint_replicates: int = Field(4, ge=1, le=100)
     max_failed: int = Field(0, ge=0)
@@ -97,13 +98,15 @@ class Reference(_Budgeted):
         return design.independent(n, self.seed)
 
     def estimate(
-        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+        self,
+        observations: Sequence[Observation],
+        n: int,
+        surrogate: Surrogate | None = None,  # noqa: ARG002
     ) -> Attribution:
         """Return the values of Eq. 5. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n)
-        return attribute(
-            self.kind, evidence, self.confidence, regression.closed_form(evidence.rows)
-        )
+        phi = regression.closed_form(evidence.rows)
+        return attribute(self.kind, evidence, self.confidence, phi, sandwich=self.interval)
 
 
 class PairedLS(_Budgeted):
@@ -118,12 +121,19 @@ class PairedLS(_Budgeted):
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
-        evidence = gather(observations, n)
+        evidence = gather(observations, n, surrogate)
         if evidence.rows.complete:
             phi, _ = regression.exact(evidence.rows)
-        else:
-            phi = regression.paired_least_squares(evidence.rows).phi
-        return attribute(self.kind, evidence, self.confidence, phi)
+            return attribute(self.kind, evidence, self.confidence, phi, sandwich=self.interval)
+        fit = regression.paired_least_squares(evidence.rows)
+        return attribute(
+            self.kind,
+            evidence,
+            self.confidence,
+            fit.phi,
+            weight=fit.weight,
+            sandwich=self.interval,
+        )
 
 
 class Ridge(_Budgeted):
@@ -139,10 +149,17 @@ class Ridge(_Budgeted):
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
-        evidence = gather(observations, n)
+        evidence = gather(observations, n, surrogate)
         if evidence.rows.complete:
             phi, _ = regression.exact(evidence.rows)
-            return attribute(self.kind, evidence, self.confidence, phi, shrinkage_slope=1.0)
+            return attribute(
+                self.kind,
+                evidence,
+                self.confidence,
+                phi,
+                shrinkage_slope=1.0,
+                sandwich=self.interval,
+            )
         fit = ridge(evidence.rows)
         return attribute(
             self.kind,
@@ -155,6 +172,8 @@ class Ridge(_Budgeted):
             fading=fit.fading,
             fading_share=fit.share,
             collapsed=fit.lam is None,
+            weight=fit.weight,
+            sandwich=self.interval,
         )
 
 
@@ -178,7 +197,10 @@ class Exact(Part):
         return [*design.endpoints(n, self.endpoint_replicates), *design.exhaustive(n)]
 
     def estimate(
-        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+        self,
+        observations: Sequence[Observation],
+        n: int,
+        surrogate: Surrogate | None = None,  # noqa: ARG002
     ) -> Attribution:
         """Return the values. IncompleteDesign unless every coalition has a value."""
         evidence = gather(observations, n)

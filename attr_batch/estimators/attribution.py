@@ -6,6 +6,7 @@ value: a ridge ranks better and understates the spread, so both are given.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -13,19 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from attr_batch.coalition import Coalition
 from attr_batch.estimators.observations import Evidence, Mean, Noise
 from attr_batch.estimators.regression import (
+    LS_COLUMNS,
     Array,
     Rows,
+    Sandwich,
     exact,
+    orthonormal,
     paired_least_squares,
     predict,
+    row_weights,
+    size_columns,
 )
 
 PAIRS_PER_CONTRIBUTOR = 2.5  # with fewer, few degrees of freedom are left to judge the spread
 _FEWEST_HELD_OUT = 3
 _FEWEST_REPEATS = 3  # degrees of freedom
+_MOST_PAIRS = 1 << 20
+_REPLICATES = "replicates-t"
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,30 @@ class Holdout:
 
 
 @dataclass(frozen=True)
+class SurrogateUse:
+    """What a surrogate game w contributed.
+
+    `weight` is b, in units of v per unit of w, zero where w was not used. `share`: how much of the
+    variance that the coalitions of the design have beyond their size w explains; `correlation` is
+    that of v and w over them. `values` are w's own Shapley values, shifted to sum to v(N) - v(∅):
+    an attribution that needed no model, the baseline to beat. `alone`: the evaluations add nothing
+    to it but `weight`, the values are (v(N) - v(∅))/n + b psi.
+    """
+
+    weight: float
+    share: float
+    correlation: float | None
+    values: tuple[float, ...]
+    alone: bool
+
+
+@dataclass(frozen=True)
 class Attribution:
     """Shapley values of n contributors from `used` observations, by the estimator named.
 
     `se`, `low`, `high` are None where there is too little evidence (n pairs or fewer), `ls_values`
     where the rows do not determine them. `delta_se` is the standard error of v(N) - v(∅), zero
-    where nothing tells it.
+    where nothing tells it. `collapsed`: everyone got the equal split, for want of evidence.
     """
 
     estimator: str
@@ -92,6 +117,7 @@ class Attribution:
     fading: str | None = None
     fading_share: float = 0.0
     collapsed: bool = False
+    surrogate: SurrogateUse | None = None
 
     @property
     def n(self) -> int:
@@ -111,6 +137,42 @@ class Attribution:
         if abs(total) <= 2 * self.delta_se or len(signs) != 1:
             return None
         return tuple(value / total for value in self.values)
+
+    @property
+    def half_width(self) -> float | None:
+        """Mean of (high - low)/2 over the contributors; None without intervals."""
+        if self.low is None or self.high is None:
+            return None
+        return float(np.mean(np.subtract(self.high, self.low))) / 2
+
+    def half_width_at(self, pairs: int) -> float | None:
+        """Predict `half_width` with so many complement pairs.
+
+        The variance of the design shrinks with its degrees of freedom, one for each further pair;
+        what the endpoints' noise adds, delta_se²/n² for everyone, stays. None without intervals,
+        for fewer pairs than columns, and where every coalition was measured: no pair is left.
+        """
+        df = self.interval.df + pairs - self.interval.pairs
+        if self.se is None or self.interval.method == _REPLICATES or df < 1:
+            return None
+        ends = self.delta_se**2 / self.n**2
+        design = np.maximum(np.square(self.se) - ends, 0) * (self.interval.df / df)
+        return _reach(self.interval.confidence, df) * float(np.sqrt(design + ends).mean())
+
+    def pairs_for(self, half_width: float) -> int | None:
+        """Return how many complement pairs should bring the mean half-width down to this.
+
+        None where nothing can be predicted (`half_width_at`), and where the noise of the endpoints
+        alone is wider: then these need more replicates.
+        """
+
+        def reached(pairs: int) -> bool:
+            predicted = self.half_width_at(pairs)
+            return predicted is not None and predicted <= half_width
+
+        if not reached(_MOST_PAIRS):
+            return None
+        return bisect_left(range(_MOST_PAIRS), True, key=reached)
 
     def to_json(
         self,
@@ -139,7 +201,7 @@ class Attribution:
             strict=True,
         )
         names = ("id", "value", "ls_value", "se", "low", "high", "share", "images", "digest")
-        noise, check = self.noise, self.holdout
+        noise, check, use = self.noise, self.holdout, self.surrogate
         return {
             "semivalue": "shapley",
             "estimator": self.estimator,
@@ -164,6 +226,7 @@ class Attribution:
             "columns": list(self.columns),
             "fading": {"kind": self.fading, "share": self.fading_share},
             "collapsed": self.collapsed,
+            "surrogate": use and {**vars(use), "values": list(use.values)},
         }
 
 
@@ -179,11 +242,16 @@ def attribute(
     fading: str | None = None,
     fading_share: float = 0.0,
     collapsed: bool = False,
+    weight: float = 0.0,
+    sandwich: Sandwich = "hc2",
 ) -> Attribution:
-    """Add to the values phi (n,) the interval of paired least squares and the holdout check."""
+    """Add to the values phi (n,) the interval of paired least squares and the holdout check.
+
+    `weight` is the surrogate's b in phi; `collapsed` says that no effects were found beyond it.
+    """
     rows, noise = evidence.rows, evidence.noise
-    ls_values, se, delta_se, interval = _interval(rows, noise, confidence)
-    reach = _student((1 + confidence) / 2, interval.df) if se is not None else 0.0
+    ls_values, se, delta_se, interval = _interval(rows, noise, confidence, sandwich)
+    reach = _reach(confidence, interval.df) if se is not None else 0.0
     return Attribution(
         estimator=estimator,
         values=_floats(phi),
@@ -195,7 +263,7 @@ def attribute(
         low=None if se is None or ls_values is None else _floats(ls_values - reach * se),
         high=None if se is None or ls_values is None else _floats(ls_values + reach * se),
         interval=interval,
-        holdout=_check(rows, phi, evidence.held, evidence.held_members, evidence.held_v),
+        holdout=_check(evidence, phi, weight),
         noise=noise,
         used=evidence.used,
         shrinkage_slope=shrinkage_slope,
@@ -203,12 +271,36 @@ def attribute(
         columns=columns,
         fading=fading,
         fading_share=fading_share,
-        collapsed=collapsed,
+        collapsed=collapsed and not weight,
+        surrogate=_use(rows, weight, collapsed),
+    )
+
+
+def _use(rows: Rows, weight: float, collapsed: bool) -> SurrogateUse | None:
+    control = rows.control
+    if control is None:
+        return None
+    root = np.sqrt(row_weights(rows))
+    Q = orthonormal(size_columns(rows.s, rows.n, LS_COLUMNS) * root[:, None])
+
+    def beyond_size(x: Array) -> Array:
+        return x * root - Q @ (Q.T @ (x * root))
+
+    v = beyond_size(rows.v - rows.v_empty - rows.s / rows.n * rows.delta)
+    w = beyond_size(control.column(rows.Z) / control.scale)
+    is_curve = float(w @ w) <= 1e-18 * float(root @ root)  # of the size alone, but for rounding
+    centred = (x - x.mean() for x in (rows.v, control.values(rows.Z)))
+    return SurrogateUse(
+        weight=weight,
+        share=0.0 if is_curve else (_cosine(v, w) or 0.0) ** 2,
+        correlation=_cosine(*centred),
+        values=_floats(rows.delta / rows.n + control.psi),
+        alone=collapsed and weight != 0,
     )
 
 
 def _interval(
-    rows: Rows, noise: Noise, confidence: float
+    rows: Rows, noise: Noise, confidence: float, sandwich: Sandwich
 ) -> tuple[Array | None, Array | None, float, Interval]:
     """Return the least-squares values, their standard errors, that of v(N) - v(∅), and how."""
     n = rows.n
@@ -217,15 +309,16 @@ def _interval(
         values, unit = exact(rows)
         reliable = noise.repeats_df >= _FEWEST_REPEATS
         variance, df = noise.repeats if reliable else noise.pooled
-        interval = Interval("replicates-t", confidence, df, rows.pairs, reliable)
+        interval = Interval(_REPLICATES, confidence, df, rows.pairs, reliable)
         ends = sum(_end_variances(noise, variance))
         se = None if variance is None else np.sqrt(unit * variance + ends / n**2)
         return values, se, ends**0.5, interval
-    fit = paired_least_squares(rows)
+    fit = paired_least_squares(rows, sandwich)
     values = fit.phi if fit.determined else None
     enough = fit.determined and fit.variance is not None and rows.pairs > n
     reliable = enough and rows.pairs >= PAIRS_PER_CONTRIBUTOR * n
-    interval = Interval("paired-ls-hc2-t", confidence, max(fit.df, 0), rows.pairs, reliable)
+    method = f"paired-ls-{sandwich}-t"
+    interval = Interval(method, confidence, max(fit.df, 0), rows.pairs, reliable)
     # An endpoint measured once: a row's residual variance, interactions included, bounds its noise.
     empty, full = _end_variances(noise, fit.residual)
     delta_se = (empty + full) ** 0.5
@@ -244,12 +337,11 @@ def _end_variances(noise: Noise, unknown: float | None) -> tuple[float, float]:
     return variance(noise.empty), variance(noise.full)
 
 
-def _check(
-    rows: Rows, phi: Array, held: Sequence[Coalition], Z: Array, observed: Array
-) -> Holdout | None:
+def _check(evidence: Evidence, phi: Array, weight: float) -> Holdout | None:
+    rows, Z, observed = evidence.rows, evidence.held_members, evidence.held_v
     if len(observed) < _FEWEST_HELD_OUT:
         return None
-    predicted = predict(rows, phi, Z)
+    predicted = predict(rows, phi, Z, weight)
     by_size = predict(rows, np.full(rows.n, rows.delta / rows.n), Z)
     return Holdout(
         spearman=spearman(predicted, observed),
@@ -259,7 +351,7 @@ def _check(
         size_spearman=spearman(by_size, observed),
         size_rmse=float(np.sqrt(np.mean((by_size - observed) ** 2))),
         beyond_size=spearman(predicted - by_size, observed - by_size),
-        predicted={str(c): float(p) for c, p in zip(held, predicted, strict=True)},
+        predicted={str(c): float(p) for c, p in zip(evidence.held, predicted, strict=True)},
     )
 
 
@@ -267,7 +359,10 @@ def spearman(a: Array, b: Array) -> float | None:
     """Return Spearman's correlation, ties averaged; None where one side is constant."""
     # Differences of rounding are ties: predictions of one size must not be ranked by their bits.
     x, y = (_ranks(np.round(v, 12 - _magnitude(v))) for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
+    return _cosine(x - x.mean(), y - y.mean())
+
+
+def _cosine(x: Array, y: Array) -> float | None:
     norm = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / norm if norm else None
 
@@ -275,6 +370,11 @@ def spearman(a: Array, b: Array) -> float | None:
 def _ranks(v: Array) -> Array:
     _, place, count = np.unique(v, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _reach(confidence: float, df: int) -> float:
+    """Return how many standard errors an interval goes either way."""
+    return _student((1 + confidence) / 2, df)
 
 
 def _student(probability: float, df: int) -> float:

@@ -16,6 +16,7 @@ from attr_batch.coalition import Coalition
 from attr_batch.errors import DataError
 from attr_batch.estimators.design import Role, check_players
 from attr_batch.estimators.regression import Array, Rows
+from attr_batch.estimators.surrogate import Surrogate, control
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Evidence:
     used: int
 
 
-def gather(observations: Sequence[Observation], n: int) -> Evidence:
+def gather(
+    observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+) -> Evidence:
     """Average the replicates, find the pairs, part the holdout; the order given does not matter.
 
     DataError where an endpoint or the whole design has no value, or a value is not finite.
@@ -115,6 +118,7 @@ def gather(observations: Sequence[Observation], n: int) -> Evidence:
         partner=np.array([position.get(mask ^ grand, -1) for mask in masks]),
         v_empty=empty.value,
         v_full=full.value,
+        control=None if surrogate is None else control(surrogate, n),
     )
     spread = [(mean.sd, mean.replicates - 1) for mean in means]
     df = sum(k for sd, k in spread if sd is not None)

@@ -12,6 +12,10 @@ from its expectation. It is the chief error of the closed form. The columns of `
 absorb a v(∅) that is off the scale (an untrained network).
 
 *Pairs.* (v(S) - v(N∖S))/2 is free of everything even under complement, and of v(∅).
+
+*A surrogate's column* w~ (`surrogate`) is one more. Its coefficient b adds b psi to the values; so
+X theta + b w~ is X phi + b (w~ - X psi): what w has beyond its own values is, like the size
+columns, orthogonal to the additive games under the kernel, and leaves the estimand alone.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attr_batch.estimators.design import size_probability
+from attr_batch.estimators.surrogate import Control
 
 Array = NDArray[np.float64]
 
@@ -44,7 +50,9 @@ BASES: tuple[tuple[str, ...], ...] = (
     ("jump", "inverse"),
     ("quadratic", "cubic", "log", "jump", "inverse"),
 )
+Sandwich = Literal["hc2", "hc3"]
 LS_COLUMNS = ("quadratic", "cubic", "jump")
+_FEWEST_SPARE = 4  # degrees of freedom
 ROWS_PER_COLUMN = 4  # a basis is a candidate only with so many rows for each of its columns
 
 
@@ -54,6 +62,7 @@ class Rows:
 
     `Z` (m, n) memberships, `v` (m,) means, `count` (m,) how many measurements (times weight) each
     is worth, `replicates` (m,) how many there were, `partner` (m,) the row of the complement or -1.
+    `control` is the surrogate, if there is one.
     """
 
     Z: Array
@@ -63,6 +72,7 @@ class Rows:
     partner: NDArray[np.int64]
     v_empty: float
     v_full: float
+    control: Control | None = None
 
     @property
     def n(self) -> int:
@@ -134,8 +144,9 @@ class LeastSquares:
     """Values (n,) and what their interval needs.
 
     Where the rows do not determine the values, `determined` is False and phi is the smallest
-    deviation from the equal split. `variance` is the HC2 sandwich; `by_empty`, `by_full` are the
-    derivatives of the values by the endpoints; `residual` is the residual variance of one row.
+    deviation from the equal split. `variance` is the HC2 or HC3 sandwich; `by_empty`, `by_full` are
+    the derivatives of the values by the endpoints; `residual` is the residual variance of one row;
+    `weight` is the surrogate's b, zero without one.
     """
 
     phi: Array
@@ -145,10 +156,15 @@ class LeastSquares:
     by_full: Array
     df: int
     residual: float | None
+    weight: float = 0.0
 
 
-def paired_least_squares(rows: Rows) -> LeastSquares:
-    """Fit half the difference of each complete pair, and the single rows as they are."""
+def paired_least_squares(rows: Rows, sandwich: Sandwich = "hc2") -> LeastSquares:
+    """Fit half the difference of each complete pair, and the single rows as they are.
+
+    A surrogate is fitted where the rows leave four degrees of freedom: whether it helps is not
+    asked, so that the interval stays honest.
+    """
     n, w, t = rows.n, row_weights(rows), rows.s / rows.n
     first = np.flatnonzero(rows.partner > np.arange(len(rows.v)))
     second, single = rows.partner[first], np.flatnonzero(rows.partner < 0)
@@ -165,7 +181,15 @@ def paired_least_squares(rows: Rows) -> LeastSquares:
     r = odd(rows.v) - c_empty * rows.v_empty - c_full * rows.v_full
     root = np.sqrt(stack(half, w[single]))
     X = odd(rows.Z - t[:, None]) * root[:, None]
-    Q = orthonormal(odd(size_columns(rows.s, n, LS_COLUMNS)) * root[:, None])
+    F = odd(size_columns(rows.s, n, LS_COLUMNS)) * root[:, None]
+    Q = orthonormal(F)
+    control = rows.control
+    if control is not None and len(r) - (n - 1) - Q.shape[1] > _FEWEST_SPARE:
+        beyond = odd(control.beyond(rows.Z)) * root / control.scale
+        F = np.column_stack([F, beyond])
+        Q = orthonormal(F)
+    else:
+        control = None
 
     U, d, Vt = np.linalg.svd(X - Q @ (Q.T @ X), full_matrices=False)
     keep = d > 1e-9 * max(d.max(initial=0), 1e-300)
@@ -175,16 +199,19 @@ def paired_least_squares(rows: Rows) -> LeastSquares:
     y = root * r - Q @ (Q.T @ (root * r))
     residual = y - U @ (U.T @ y)
     leverage = (U * U).sum(1) + (Q * Q).sum(1)
+    excess = np.maximum(1 - leverage, 1e-9) ** (1 if sandwich == "hc2" else 2)
     df = len(r) - len(d) - Q.shape[1]
     share = np.full(n, 1 / n)
+    weight = 0.0 if control is None else coefficients(F, root * r - X @ theta)[-1] / control.scale
     return LeastSquares(
         phi=rows.delta / n + theta - theta.mean(),
         determined=len(d) == n - 1,
-        variance=(L * L) @ (residual**2 / np.maximum(1 - leverage, 1e-9)) if df > 0 else None,
+        variance=(L * L) @ (residual**2 / excess) if df > 0 else None,
         by_empty=-share - L @ (root * c_empty),
         by_full=share - L @ (root * c_full),
         df=df,
         residual=float(residual @ residual / df) if df > 0 else None,
+        weight=float(weight),
     )
 
 
@@ -206,25 +233,35 @@ def exact(rows: Rows) -> tuple[Array, Array]:
 # ------------------------------------------------------------------ what a coalition would give
 
 
-def predict(rows: Rows, phi: Array, Z: Array) -> Array:
+def predict(rows: Rows, phi: Array, Z: Array, weight: float = 0.0) -> Array:
     """Return v(∅) + sum of the members' phi + a curve of the size, for memberships Z (k, n).
 
-    The curve is fitted to what phi leaves of the rows, its basis chosen as the ridge's is.
+    The curve is fitted to what phi leaves of the rows, its basis chosen as the ridge's is. With a
+    surrogate comes `weight` times what it has beyond its own values.
     """
+
+    def beyond(Z: Array) -> Array | float:
+        return weight * rows.control.beyond(Z) if rows.control and weight else 0.0
+
     root = np.sqrt(row_weights(rows))
-    y = (rows.v - rows.v_empty - rows.Z @ phi) * root
+    y = (rows.v - rows.v_empty - rows.Z @ phi - beyond(rows.Z)) * root
     m = len(y)
     best, curve = np.inf, np.zeros(len(Z))
     for names in BASES:
         if names and m < ROWS_PER_COLUMN * len(names):
             continue
         G = size_columns(rows.s, rows.n, names) * root[:, None]
-        gamma, *_ = np.linalg.lstsq(G, y, rcond=1e-9)
+        gamma = coefficients(G, y)
         rest = y - G @ gamma
         criterion = m * np.log(max(float(rest @ rest), 1e-300)) + len(names) * np.log(m)
         if criterion < best:
             best, curve = criterion, size_columns(Z.sum(1), rows.n, names) @ gamma
-    return rows.v_empty + Z @ phi + curve
+    return rows.v_empty + Z @ phi + curve + beyond(Z)
+
+
+def coefficients(G: Array, y: Array) -> Array:
+    """Return the shortest least-squares coefficients of y (m,) on the columns of G (m, k)."""
+    return np.asarray(np.linalg.lstsq(G, y, rcond=1e-9)[0], dtype=np.float64)
 
 
 def orthonormal(G: Array) -> Array:

@@ -11,9 +11,12 @@ size as it should, takes it for noise, and with many contributors gives everyone
 that alpha spans have Shapley values c_f alpha in closed form, so phi = Delta/n + theta + c_f alpha;
 and as all additive games stay in the span, the answer is still consistent whatever the game.
 
+A surrogate's column w~ (`surrogate`) is one more of g, its psi being added to the values: then the
+ridge pulls toward Delta/n + b psi, with b fitted, and alone the residual is regressed.
+
 lambda maximises the restricted likelihood. Restricted likelihoods of different fixed effects do not
-compare, so the size columns, f and omega minimise -2 log full likelihood + q log m: to Laplace's
-order the marginal likelihood under a unit-information prior of gamma.
+compare, so the size columns, the surrogate, f and omega minimise -2 log full likelihood + q log m:
+to Laplace's order the marginal likelihood under a unit-information prior of gamma.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from attr_batch.estimators.regression import (
     ROWS_PER_COLUMN,
     Array,
     Rows,
+    coefficients,
     orthonormal,
     row_weights,
     size_columns,
@@ -52,8 +56,9 @@ class Ridge:
     """Values (n,) shrunk toward the equal split.
 
     `slope` is the slope of estimate on truth that the fit expects of itself: 1 is no shrinkage.
-    `lam` is None where lambda went to infinity: everyone gets the equal split. `columns` are the
-    size columns chosen, `fading` and `share` are f (None: additive) and omega.
+    `lam` is None where lambda went to infinity: everyone gets the equal split, or what the
+    surrogate says. `columns` are the size columns chosen, `fading` and `share` are f (None:
+    additive) and omega, `weight` the surrogate's b, zero where the likelihood does without.
     """
 
     phi: Array
@@ -62,6 +67,7 @@ class Ridge:
     columns: tuple[str, ...]
     fading: str | None
     share: float
+    weight: float
 
 
 def ridge(rows: Rows) -> Ridge:
@@ -70,26 +76,49 @@ def ridge(rows: Rows) -> Ridge:
     t = rows.s / rows.n
     X = (rows.Z - t[:, None]) * root[:, None]
     y = (rows.v - rows.v_empty - t * rows.delta) * root
-    span = {
-        names: orthonormal(size_columns(rows.s, rows.n, names) * root[:, None])
-        for names in BASES
-        if len(y) >= ROWS_PER_COLUMN * len(names)
-    }
-    # First the size columns, with additive effects; then, given those, how the effects fade.
-    columns = min(span, key=lambda names: _fit(X, (1.0,), y, span[names]).criterion)
+    bases = _bases(rows, root)
+    span = {name: orthonormal(F) for name, F in bases.items()}
+    # First the fixed effects, with additive contributors; then, given those, how these fade.
+    best = min(span, key=lambda name: _fit(X, (1.0,), y, span[name]).criterion)
     effects = EFFECTS if len(y) >= _ROWS_TO_FADE else EFFECTS[:1]
-    fits = [
-        (_fit(*_effects(X, rows.s, f, omega), y, span[columns]), f, omega) for f, omega in effects
-    ]
+    fits = [(_fit(*_effects(X, rows.s, f, omega), y, span[best]), f, omega) for f, omega in effects]
     fit, fading, share = min(fits, key=lambda candidate: candidate[0].criterion)
+    columns, with_surrogate = best
+    phi, slope, weight = rows.delta / rows.n + fit.effect - fit.effect.mean(), fit.slope, 0.0
+    if with_surrogate and rows.control is not None:
+        B, _ = _effects(X, rows.s, fading, share)
+        weight = float(coefficients(bases[best], y - B @ fit.beta)[-1]) / rows.control.scale
+        known = weight * rows.control.psi  # not shrunken
+        phi = phi + known
+        slope = (known @ known + slope * fit.spread) / max(known @ known + fit.spread, 1e-300)
     return Ridge(
-        phi=rows.delta / rows.n + fit.effect - fit.effect.mean(),
+        phi=phi,
         lam=1 / fit.ratio if fit.ratio else None,
-        slope=fit.slope,
+        slope=float(slope),
         columns=columns,
         fading=fading,
         share=share,
+        weight=weight,
     )
+
+
+def _bases(rows: Rows, root: Array) -> dict[tuple[tuple[str, ...], bool], Array]:
+    """Return the weighted columns by candidate: names of size columns, and whether w~ is one."""
+    m = len(root)
+    bases = {
+        (names, False): size_columns(rows.s, rows.n, names) * root[:, None]
+        for names in BASES
+        if m >= ROWS_PER_COLUMN * len(names)
+    }
+    if rows.control is None:
+        return bases
+    column = rows.control.column(rows.Z) / rows.control.scale * root
+    for (names, _), G in list(bases.items()):
+        F = np.column_stack([G, column])
+        new = orthonormal(F).shape[1] > orthonormal(G).shape[1]  # not a curve of the size alone
+        if new and m >= ROWS_PER_COLUMN * F.shape[1]:
+            bases[names, True] = F
+    return bases
 
 
 def fading_shapley(f: Callable[[Array], Array], n: int) -> float:
@@ -121,7 +150,9 @@ def _effects(
 
 @dataclass(frozen=True)
 class _Fit:
-    effect: Array  # (n,) what the fit adds to the equal split
+    beta: Array  # (k n,)
+    effect: Array  # (n,) what beta adds to the equal split
+    spread: float  # expected squared length of effect, before it is shrunken
     ratio: float  # 1/lambda = var(effect)/var(e); 0 where the likelihood wants no effects
     slope: float
     criterion: float
@@ -150,8 +181,11 @@ def _fit(B: Array, worth: tuple[float, ...], y: Array, Q: Array) -> _Fit:
     # |V| of the full likelihood: Sylvester's identity, and Cholesky rather than a spectrum.
     C = np.linalg.cholesky(np.eye(B.shape[1]) + ratio * (B.T @ B))
     log_det = 2 * float(np.log(C.diagonal()).sum())
+    along = (1 - k) * c / np.sqrt(a)
     return _Fit(
-        effect=to_phi @ ((1 - k) * c / np.sqrt(a)),
+        beta=V @ along,
+        effect=to_phi @ along,
+        spread=float(rss + c * c @ k) / (m - q) * ratio * prior,
         ratio=ratio,
         slope=float((to_phi**2 @ (1 - k)).sum()) / prior,
         criterion=m * float(np.log(rss + c * c @ k)) + log_det + q * float(np.log(m)),
