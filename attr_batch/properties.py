@@ -8,6 +8,10 @@ images fixes and which therefore nearly cancels between coalitions.
 A standard error here speaks of the images as if they were drawn anew, independently. All coalitions
 start from the same initial noise, so the difference of two utilities is usually known better than
 two standard errors say; training noise, which they cannot see, comes on top.
+
+All but `Call` are a function of the mean of some statistics of the single images. `statistics` and
+`of_mean` say which, so that the property of any union of sets is known from their sums: from the
+contributors' training images, a free game that resembles the utilities (`estimators.surrogate`).
 """
 
 from __future__ import annotations
@@ -114,6 +118,14 @@ class ClusterEntropy(Part):
         left_out = np.array([_entropy(seen - unit) for unit in np.eye(len(seen), dtype=int)])
         return Measurement(_entropy(seen), _jackknife(left_out, seen))
 
+    def statistics(self, images: np.ndarray, instrument: FittedClusters) -> np.ndarray:
+        """Return (count, clusters): 1 at the image's cluster, else 0."""
+        return np.eye(len(instrument.centroids))[instrument.assign(images)]
+
+    def of_mean(self, mean: np.ndarray) -> np.ndarray:
+        """Return the entropy (m,) of histograms (m, clusters)."""
+        return -_x_log_x(mean).sum(axis=1)
+
 
 # -- with the classifier --------------------------------------------------------------------------
 
@@ -158,8 +170,16 @@ class ClassifierConfidence(_Classified):
 
     def measure(self, images: np.ndarray, instrument: FittedClassifier) -> Measurement:
         """Return the mean over uint8 images (count, channels, size, size); stderr = sd / sqrt N."""
-        best = instrument.probabilities(images)[:, :-1].max(axis=1)
+        best = self.statistics(images, instrument)[:, 0]
         return Measurement(float(best.mean()), float(best.std(ddof=1) / math.sqrt(len(best))))
+
+    def statistics(self, images: np.ndarray, instrument: FittedClassifier) -> np.ndarray:
+        """Return (count, 1): the largest probability among the labels."""
+        return instrument.probabilities(images)[:, :-1].max(axis=1, keepdims=True)
+
+    def of_mean(self, mean: np.ndarray) -> np.ndarray:
+        """Return the mean (m,) of means (m, 1)."""
+        return mean[:, 0]
 
 
 class ClassifierInceptionScore(_Classified):
@@ -184,14 +204,23 @@ class ClassifierInceptionScore(_Classified):
         E KL(p_i || p) = E sum p_i log p_i - sum p log p with p = E p_i, so leaving out an image
         costs one term per label.
         """
-        p = instrument.probabilities(images)
-        p = p[:, :-1] + p[:, -1:] / (p.shape[1] - 1)
-        certainty = _x_log_x(p).sum(axis=1)
+        found = self.statistics(images, instrument)
+        certainty, p = found[:, 0], found[:, 1:]
         N = len(p)
         without = (p.sum(axis=0) - p) / (N - 1)
         left_out = (certainty.sum() - certainty) / (N - 1) - _x_log_x(without).sum(axis=1)
         score = certainty.mean() - _x_log_x(p.mean(axis=0)).sum()
         return Measurement(float(np.exp(score)), _jackknife(np.exp(left_out)))
+
+    def statistics(self, images: np.ndarray, instrument: FittedClassifier) -> np.ndarray:
+        """Return (count, 1 + labels): sum p log p of the image, and its p."""
+        p = instrument.probabilities(images)
+        p = p[:, :-1] + p[:, -1:] / (p.shape[1] - 1)
+        return np.column_stack([_x_log_x(p).sum(axis=1), p])
+
+    def of_mean(self, mean: np.ndarray) -> np.ndarray:
+        """Return the score (m,) of means (m, 1 + labels)."""
+        return np.exp(mean[:, 0] - _x_log_x(mean[:, 1:]).sum(axis=1))
 
 
 class ClassShare(_Classified):
@@ -238,11 +267,20 @@ class ClassShare(_Classified):
         stderr = sqrt(q (1 - q) / N) with q = (k + 1/2) / (N + 1): binomial, but not 0 where none or
         all of the images are of the label, which a few hundred images cannot establish.
         """
-        j = instrument.labels.index(self.label)
-        hits = instrument.probabilities(images).argmax(axis=1) == j
+        hits = self.statistics(images, instrument)
         k, N = int(hits.sum()), len(hits)
         q = (k + 0.5) / (N + 1)
         return Measurement(k / N, math.sqrt(q * (1 - q) / N))
+
+    def statistics(self, images: np.ndarray, instrument: FittedClassifier) -> np.ndarray:
+        """Return (count, 1): 1 where the image is taken for the label, else 0."""
+        j = instrument.labels.index(self.label)
+        hits = instrument.probabilities(images).argmax(axis=1) == j
+        return hits.astype(np.float64)[:, None]
+
+    def of_mean(self, mean: np.ndarray) -> np.ndarray:
+        """Return the share (m,) of means (m, 1)."""
+        return mean[:, 0]
 
 
 # -- with the user's own code ---------------------------------------------------------------------
@@ -320,6 +358,13 @@ class Call(Part):
         if not np.isfinite(values).all():
             raise NumericsError(f"{self.target} is not finite on a part of the images", self.name)
         return Measurement(found, _jackknife(np.array(values)))
+
+    def statistics(
+        self,
+        images: np.ndarray,
+        instrument: None = None,
+    ) -> None:
+        """Return None: any function may not be one of a mean."""
 
     def _number(
         self, function: Callable[[np.ndarray], Any], images: np.ndarray

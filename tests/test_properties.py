@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from attr_batch.data import arrange
 from attr_batch.errors import NumericsError, SpecError
+from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.instruments import FittedClusters, LabelClassifier, PixelClusters
 from attr_batch.log import Upkeep
 from attr_batch.properties import (
@@ -387,6 +389,24 @@ def test_conformance(module, tree, data, fitted):
     for bad in ("a/b", "", "../x", "-x"):
         with pytest.raises(ValidationError):
             parsed({**tree, "name": bad})
+
+
+@pytest.mark.parametrize("tree", KINDS, ids=lambda tree: tree["kind"])
+def test_of_any_coalition_s_images_it_is_known_from_the_contributors_sums(tree, data, fitted):
+    prop = parsed(tree)
+    parts = np.split(data.images, [5, 17, 24])
+    found = [prop.statistics(part, fitted(prop)) for part in parts]
+    if isinstance(prop, Call):
+        assert found == [None] * 4
+        return
+    assert all(
+        s.dtype == np.float64 and len(s) == len(p) for s, p in zip(found, parts, strict=True)
+    )
+    game = DataStatistics.of(found).surrogate(prop.of_mean)
+    Z = np.array([z for z in itertools.product((0.0, 1.0), repeat=4) if any(z)])
+    for z, w in zip(Z, game.values(Z), strict=True):
+        images = np.concatenate([part for part, there in zip(parts, z, strict=True) if there])
+        assert w == pytest.approx(prop.measure(images, fitted(prop)).value, abs=1e-12)
 
 
 def test_properties_with_one_classifier_share_it(fitted):
