@@ -18,7 +18,7 @@ LAYERS = [
     ["training"],
     [
         "estimators", "evidence", "figures", "report", "ledger", "table", "instruments",
-        "properties", "counterfactual",
+        "properties", "counterfactual", "baselines",
     ],
     ["spec"],
     ["tracking", "job", "results", "outlook"],
