@@ -2,11 +2,9 @@
 
 Pure functions from `validation.json` (`evidence.Validation`) to text, in the look and by the rules
 of `report`. The order is a sceptic's: does it predict what retrained models score, and what else
-does; do the values agree with those of retraining; how close is one fine-tuned model to its
-retrained twin; what would less money have bought; what happens when the contributors that were
-ranked first are really taken away; what did all this cost, and what does it not show.
-
-No figure is computed here: every one stands in `validation.json`.
+does; do the values agree with those of retraining; how well does a fine-tuned model stand in for a
+retrained one; what would a smaller budget give; what happens when the contributors ranked first
+are really taken away; what did all this cost, and what does it not show.
 """
 
 from __future__ import annotations
@@ -14,65 +12,31 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from attr_batch.document import (
-    bullets,
-    document,
-    duration,
-    facts_table,
-    plate,
-    safe,
-    upper,
+from attr_batch.document import bullets, document, duration, facts_table, plate, safe, upper
+from attr_batch.evidence import Estimate, Method, OracleSet, PropertyValidation, Validation
+from attr_batch.figures import MOST_ROWS, cells, decimals, fit, number, visible
+from attr_batch.validation_figures import abbreviations, charts, figures, value_rows
+from attr_batch.verdict import (
+    FAMILIES,
+    UNKNOWN,
+    by_family,
+    first_set,
+    headline,
+    lead_of,
+    marks,
+    score_of,
+    span,
+    verdict,
+    with_interval,
 )
-from attr_batch.evidence import (
-    Estimate,
-    Method,
-    OracleSet,
-    PropertyValidation,
-    Removal,
-    Validation,
-)
-from attr_batch.figures import (
-    MOST_ROWS,
-    Guide,
-    Point,
-    Row,
-    Series,
-    cells,
-    decimals,
-    dots_svg,
-    fit,
-    line_svg,
-    number,
-    reference_svg,
-    visible,
-)
+
+__all__ = ["figures", "markdown", "page", "table"]
 
 WIDTH = 80  # of the terminal's table
 
-_FAMILIES = {
-    "estimator": "Estimators, from the same coalitions",
-    "counterfactual": "Other ways to the model of a coalition",
-    "baseline": "Baselines",
-}
-# The paper's abbreviations, for the names of lines.
-_SHORT = {
-    "sparsified_finetune": "sFT",
-    "finetune": "FT",
-    "lora": "LoRA",
-    "gradient_ascent": "GA",
-    "influence_unlearning": "IU",
-}
-_MEANINGS = {
-    "sFT": "sparsified fine-tuning",
-    "FT": "fine-tuning of the unpruned model",
-    "LoRA": "fine-tuning of low-rank adapters",
-    "GA": "gradient ascent on the data left out",
-    "IU": "influence unlearning",
-}
-_UNKNOWN = Estimate(value=None, low=None, high=None)
 _LIMITATIONS = (
     "Retrained and fine-tuned models are measured with the same instrument, fitted to the images "
     "of all contributors. What it cannot see, or sees wrongly, is invisible here too.",
@@ -88,133 +52,13 @@ _LIMITATIONS = (
     "interval of the lead, not the order.",
     "The intervals are from a bootstrap over retrained coalitions, their seeds and the design "
     "seeds that were run. With few seeds they are too narrow rather than too wide.",
-    "All models draw their samples from the same starting noise, and all of this is one data set "
-    "and one architecture. It says nothing about others.",
+    "All of this is one data set and one architecture. It says nothing about others.",
 )
 
 
-# -- what is said ---------------------------------------------------------------------------------
-
-
-def verdict(prop: PropertyValidation) -> str:
-    """Return what the retrainings say about the headline method, in a few plain sentences."""
-    first, head = _first(prop), _head(prop)
-    if first is None or head is None:
-        return "nothing was retrained or no method was judged, so there is no verdict"
-    score = _score(prop, head)
-    value = score["value"]
-    if value is None:
-        return f"too few retrainings to judge {head['name']}"
-    sure = score["low"] is not None and score["low"] > first["chance95"]
-    verb = (
-        "predicts" if sure else "may predict" if value > first["chance95"] else "does not predict"
-    )
-    return ". ".join(
-        [
-            f"{head['name']} {verb} what retrained models score: LDS "
-            f"{_with_interval(score)} at {first['name']}{_against(first)}",
-            *_rivalry(prop),
-        ]
-    )
-
-
-def _against(oracle: OracleSet) -> str:
-    limits = [
-        (oracle["ceiling"]["value"], "one retraining predicts another with"),
-        (oracle["additivity"]["value"], "the best additive model reaches"),
-        (oracle["floor"], "an equal split"),
-        (oracle["chance95"], "unrelated numbers stay below"),
-    ]
-    known = [f"{what} {number(x, 2)}" for x, what in limits if x is not None]
-    return f"; {', '.join(known)}"
-
-
-def _rivalry(prop: PropertyValidation) -> Iterator[str]:
-    """Yield what the headline method does not beat, and that it beats the rest where it does."""
-    better, level = _rivals(prop)
-    baselines = [m for m in prop["methods"] if m["family"] == "baseline"]
-    for found, what in ((better, "Better than it"), (level, "As good, as far as one can tell")):
-        if found:
-            yield f"{what}: {'; '.join(map(_called, found))}"
-    judged = [m for m in baselines if _lead(prop, m)["low"] is not None]
-    if judged and not any(m["family"] == "baseline" for m in better + level):
-        yield "It beats every baseline" + ("" if judged == baselines else " that could be judged")
-
-
-def _called(method: Method) -> str:
-    return f"{method['name']} (baseline)" if method["family"] == "baseline" else method["name"]
-
-
-def _rivals(prop: PropertyValidation) -> tuple[list[Method], list[Method]]:
-    """Return the methods ahead of the headline method, and those not told apart from it."""
-    better, level = [], []
-    for method in prop["methods"][1:]:
-        lead = _lead(prop, method)
-        if lead["high"] is not None and lead["high"] < 0:
-            better.append(method)
-        elif lead["low"] is not None and lead["low"] <= 0:
-            level.append(method)
-    return better, level
-
-
-def marks(prop: PropertyValidation) -> list[tuple[str, str]]:
-    """Return what a reader must know before believing the verdict, as (what, explanation)."""
-    first, head, found = _first(prop), _head(prop), []
-    if first is None or head is None:
-        return found
-    chance, additivity = first["chance95"], first["additivity"]["value"]
-    score = _score(prop, head)
-    if score["value"] is not None and score["value"] <= chance:
-        found.append(
-            ("No better than chance", f"unrelated numbers would score up to {number(chance, 2)}")
-        )
-    elif score["low"] is not None and score["low"] <= chance:
-        found.append(("Not safely above chance", "the interval reaches down to what luck can do"))
-    if additivity is not None and additivity <= chance:
-        found.append(
-            (
-                "No attribution can be judged here",
-                "even an additive model fitted to the retrainings themselves predicts them no "
-                "better than chance. Contributors interact, or the retrainings are noise",
-            )
-        )
-    better, level = _rivals(prop)
-    simple = [m["name"] for m in better + level if m["family"] == "baseline"]
-    if simple:
-        found.append(("Baselines do as well", f"{'; '.join(simple)}, as far as one can tell"))
-    collapsed = [
-        f"{m['name']} in {m['collapsed']} of {m['designs']} designs"
-        for m in prop["methods"]
-        if m["collapsed"]
-    ]
-    if collapsed:
-        found.append(
-            (
-                "Collapsed to equal split",
-                f"{'; '.join(collapsed)}. There it gives everyone the same, which is no finding",
-            )
-        )
-    if head["designs"] == 1:
-        found.append(
-            ("One design", "the intervals do not hold what another draw of coalitions would give")
-        )
-    if first["ceiling"]["value"] is None:
-        found.append(
-            ("No ceiling", "without a second seed nothing tells how well one can predict at all")
-        )
-    if first["subsets"] < first["planned"]:
-        found.append(
-            ("Not all retrained", f"{first['subsets']} of {first['planned']} at {first['name']}")
-        )
-    return found
-
-
-# -- the page -------------------------------------------------------------------------------------
-
-
 def page(validation: Validation) -> str:
-    """Return the validation report as one self-contained HTML page, same bytes for same input."""
-    properties = validation["properties"]
+    """Return the validation report as one self-contained HTML page; same input, same bytes."""
+    properties, contributors = validation["properties"], validation["contributors"]
     verdicts = "".join(
         f"<li><b>{safe(upper(p['title']))}:</b> {safe(verdict(p))}.</li>" for p in properties
     )
@@ -222,21 +66,25 @@ def page(validation: Validation) -> str:
         f'<p class="over">Validation report</p><h1>{safe(validation["job"])}</h1>'
         f'<ul class="verdicts">{verdicts}</ul>{_marks(properties[0]) if properties else ""}'
     )
-    done = f"{validation['done']:,} of {validation['planned']:,} evaluations are done"
-    sections = _property(properties[0], validation["contributors"]) if properties else []
-    others = "".join(_folded(p, validation["contributors"]) for p in properties[1:])
+    state, banner = "", ""
+    if not validation["complete"]:
+        state = "INCOMPLETE: "
+        done = f"{validation['done']:,} of {validation['planned']:,}"
+        banner = f"Incomplete: {done} evaluations are done. These figures will change."
+    others = "".join(_folded(p, contributors) for p in properties[1:])
+    sections = [
+        *(_sections(properties[0], contributors) if properties else []),
+        ("others", "Other properties", others),
+        ("cost", "What it took", _cost(validation)),
+        ("provenance", "Provenance", _provenance(validation)),
+        ("limits", "What this does not say", bullets(_LIMITATIONS)),
+    ]
     return document(
-        f"{'' if validation['complete'] else 'INCOMPLETE: '}{validation['job']}: is it right?",
+        f"{state}{validation['job']}: is the attribution right?",
         header,
-        [
-            *sections,
-            ("others", "Other properties", others),
-            ("cost", "What it took", _cost(validation)),
-            ("provenance", "Provenance", _provenance(validation)),
-            ("limits", "What this does not say", bullets(_LIMITATIONS)),
-        ],
+        sections,
         f"attr-batch {validation['version']}, spec {validation['spec_digest'][:12]}",
-        banner="" if validation["complete"] else f"Incomplete: {done}. These figures will change.",
+        banner,
         styles=("report.css", "validation_report.css"),
     )
 
@@ -246,110 +94,105 @@ def _marks(prop: PropertyValidation) -> str:
     return f'<ul class="marks" aria-label="Reservations">{"".join(found)}</ul>' if found else ""
 
 
-def _property(prop: PropertyValidation, contributors: list[str]) -> list[tuple[str, str, str]]:
-    """Return one property's sections as (key, heading, body)."""
-    charts = _charts(prop, contributors)
+def _sections(prop: PropertyValidation, contributors: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return one property's sections as (key, heading, HTML)."""
+    drawn = charts(prop, contributors)
     return [
-        ("comparison", "Does it predict, and what else does?", _comparison(prop, charts)),
-        ("values", "Beside the values of retraining", _values(prop, contributors, charts)),
-        ("fidelity", "How close is one model to its twin?", _fidelity(prop, charts)),
-        ("budget", "What less would have bought", _budget(prop, charts)),
-        ("removal", "Taking the first away", _removal(prop, charts)),
+        ("comparison", "Does it predict, and what else does?", _comparison(prop, drawn)),
+        ("values", "Do the values agree with retraining?", _values(prop, contributors, drawn)),
+        ("fidelity", "Can fine-tuning stand in for retraining?", _fidelity(prop, drawn)),
+        ("budget", "How much does it take?", _budget(prop, drawn)),
+        ("removal", "What if the first are taken away?", _removal(prop, drawn)),
     ]
 
 
-def _folded(prop: PropertyValidation, contributors: list[str]) -> str:
+def _folded(prop: PropertyValidation, contributors: Sequence[str]) -> str:
     bodies = "".join(
-        f"<h3>{heading}</h3>{body}" for _, heading, body in _property(prop, contributors) if body
+        f"<h3>{heading}</h3>{body}" for _, heading, body in _sections(prop, contributors) if body
     )
-    score = _with_interval(_score(prop, prop["methods"][0]) if prop["methods"] else _UNKNOWN)
+    head = headline(prop)
+    score = "" if head is None else f" <small>LDS {with_interval(score_of(prop, head))}</small>"
     return (
-        f"<details><summary>{safe(upper(prop['title']))} <small>LDS {score}</small></summary>"
+        f"<details><summary>{safe(upper(prop['title']))}{score}</summary>"
         f"{_marks(prop)}{bodies}</details>"
     )
 
 
-def _comparison(prop: PropertyValidation, charts: dict[str, str]) -> str:
-    first = _first(prop)
-    if first is None or not prop["methods"]:
+def _comparison(prop: PropertyValidation, drawn: dict[str, str]) -> str:
+    first, head = first_set(prop), headline(prop)
+    if first is None or head is None:
         return "<p>Nothing was retrained or no method was judged yet.</p>"
     text = (
-        "<p>Coalitions that no method has seen were retrained from scratch. The linear "
-        "datamodeling score (LDS) is the rank correlation between the sum of a coalition's values "
-        "and what its retrained model scores: 1 is perfect, unrelated numbers give 0. Every "
-        "method is judged on the same retrainings. The lead is that of "
-        f"{safe(prop['methods'][0]['name'])} at {safe(first['name'])}; where its interval holds "
-        "zero the two are not told apart.</p>"
+        "<p>Coalitions were retrained from scratch. The linear datamodeling score (LDS) is the "
+        "rank correlation between the sum of a coalition's values and what its retrained model "
+        "scores: 1 is perfect, unrelated numbers give 0. All methods are judged by the same "
+        "retrainings.</p>"
     )
-    key = (
-        '<span class="key">Bars are 95 % intervals; each family has its own marker.</span>'
-        '<span class="key">ceiling: one retraining predicted by another</span>'
-        '<span class="key">additive: the best additive model, cross-validated on the '
-        "retrainings</span>"
-        '<span class="key">floor: an equal split, which knows the size alone</span>'
-        '<span class="key">chance: unrelated numbers stay below in 19 of 20 cases</span>'
-    )
-    return f"{text}{_chart(charts, 'lds', key)}{_methods(prop)}{_oracle(prop)}"
+    keys = [
+        "bars: 95 % intervals; each family has its own marker",
+        "ceiling: one retraining predicted by another",
+        "additive: the best additive model, cross-validated on the retrainings",
+        "floor: an equal split, which knows the size alone",
+        "chance: unrelated numbers stay below in 19 of 20 cases",
+    ]
+    return text + _plate(drawn, ["lds"], keys) + _methods(prop, first, head) + _oracle(prop)
 
 
-def _methods(prop: PropertyValidation) -> str:
-    """The comparison table, by family, with the overall rank and the limits as a last group."""
+def _methods(prop: PropertyValidation, first: OracleSet, head: Method) -> str:
+    """The comparison table: families, and what limits a score as the last group."""
     names = [o["name"] for o in prop["oracle"]]
     ranks = _ranks(prop)
-    heads = [
-        *(f"LDS {name}" for name in names), "lead", "agreement", "evaluations", "worker time"
-    ]  # fmt: skip
-    groups: list[tuple[str, list[_Record]]] = []
-    for family, heading in _FAMILIES.items():
-        rows = [
-            _Record(
-                m["name"],
-                [
-                    *(_cell(m["lds"].get(name, _UNKNOWN)) for name in names),
-                    "–" if m is prop["methods"][0] else _cell(_lead(prop, m)),
-                    _cell(m["agreement"]),
-                    f"{m['evaluations']:,}",
-                    "–" if m["seconds"] is None else duration(m["seconds"]),
-                ],
-                _note(m),
-                ranks.get(m["name"], "–"),
-                m is prop["methods"][0],
-            )
-            for m in _sorted(prop)
-            if m["family"] == family
+    heads = ["method", *(f"LDS {name}" for name in names)]
+    heads += ["lead", "agreement", "evaluations", "worker time"]
+    groups = {heading: [] for heading in FAMILIES.values()}
+    for m in by_family(prop):
+        figures = [
+            *(_cell(m["lds"].get(name, UNKNOWN)) for name in names),
+            _cell(lead_of(prop, m)),
+            _cell(m["agreement"]),
+            f"{m['evaluations']:,}",
+            _time(m["seconds"]),
         ]
-        groups.append((heading, rows))
-    limits: list[tuple[str, Callable[[OracleSet], str]]] = [
-        ("ceiling: another retraining", lambda o: _cell(o["ceiling"])),
-        ("best additive model", lambda o: _cell(o["additivity"])),
-        ("equal split (floor)", lambda o: number(o["floor"], 2)),
-        ("chance stays below", lambda o: number(o["chance95"], 2)),
+        row = _Row(m["name"], figures, _note(m, head), ranks.get(m["name"], "–"), m is head)
+        groups[FAMILIES[m["family"]]].append(row)
+    limits = zip(*map(_limits, prop["oracle"]), strict=True)
+    groups["What limits a score"] = [
+        _Row(row[0][0], [_cell(figure) for _, figure in row] + [""] * 4) for row in limits
     ]
-    blank = [""] * (len(heads) - len(names))
-    groups.append(
-        (
-            "What limits a score",
-            [_Record(name, [*map(of, prop["oracle"]), *blank]) for name, of in limits],
-        )
-    )
     caption = (
-        "Methods by their LDS, with the rank among all. Agreement: Pearson correlation with the "
-        "Shapley values of the retrainings. Small figures: 95 % intervals."
+        f"Methods, each family by its LDS at {first['name']}; the rank is among all. Lead: by how "
+        f"much {head['name']} is ahead there; where the interval holds 0 the two are not told "
+        "apart. Agreement: Pearson correlation with the Shapley values of the retrainings. Small "
+        "figures are 95 % intervals."
     )
-    return _records(caption, ["method", *heads], groups, ranked=True)
+    return _table(caption, heads, groups, ranked=True)
 
 
-def _note(method: Method) -> str:
-    notes = [method["counterfactual"] or ""]
+def _limits(oracle: OracleSet) -> list[tuple[str, Estimate]]:
+    """Return what limits an LDS on these retrainings, by name."""
+    return [
+        ("another retraining (ceiling)", oracle["ceiling"]),
+        ("best additive model", oracle["additivity"]),
+        ("equal split (floor)", Estimate(value=oracle["floor"], low=None, high=None)),
+        ("chance stays below", Estimate(value=oracle["chance95"], low=None, high=None)),
+    ]
+
+
+def _note(method: Method, head: Method) -> str:
+    """Return what sets a method apart, but not what it has in common with the headline."""
+    notes = []
+    differs = method is head or method["counterfactual"] != head["counterfactual"]
+    if method["counterfactual"] and differs:
+        notes.append(method["counterfactual"])
     if method["collapsed"]:
         notes.append(f"equal split in {method['collapsed']} of {method['designs']} designs")
-    return "; ".join(filter(None, notes))
+    return "; ".join(notes)
 
 
 def _oracle(prop: PropertyValidation) -> str:
-    digits = _digits(x for o in prop["oracle"] for x in (o["sd"],))
+    digits = _digits(o["sd"] for o in prop["oracle"])
     rows = [
-        _Record(
+        _Row(
             o["name"],
             [
                 f"{o['subsets']:,} of {o['planned']:,}",
@@ -361,112 +204,97 @@ def _oracle(prop: PropertyValidation) -> str:
         )
         for o in prop["oracle"]
     ]
-    heads = ["retrained", "coalitions", "seeds", "contributors in each", "mean", "sd"]
-    return _records(f"The retrainings, {_measured(prop)}.", heads, [("", rows)])
+    heads = ["", "retrained", "seeds", "contributors in each", "mean", "sd"]
+    return _table(f"The retrained coalitions{_measured(prop)}.", heads, {"": rows})
 
 
-def _values(prop: PropertyValidation, contributors: list[str], charts: dict[str, str]) -> str:
-    if not prop["methods"]:
+def _values(prop: PropertyValidation, contributors: Sequence[str], drawn: dict[str, str]) -> str:
+    head, rows = headline(prop), value_rows(prop, contributors)
+    if head is None or not rows:
         return ""
-    head, reference = prop["methods"][0], prop["reference"]
-    rows = _value_rows(prop, contributors)
-    digits = decimals(rows)
-    key = f'<span class="key"><i class="k-value" aria-hidden="true">●</i> {safe(head["name"])}'
-    key += "</span>"
-    if reference is None:
-        text = "<p>There are no Shapley values of retrained models to compare with.</p>"
+    keys = [f'<i class="k-value" aria-hidden="true">●</i> value by {safe(head["name"])}']
+    if prop["reference"] is None:
+        text = "There are no Shapley values of retrained models to compare with."
     else:
         shape = "◇" if len(rows) <= MOST_ROWS else "│"
-        key += (
-            f'<span class="key"><i class="k-ls" aria-hidden="true">{shape}</i> Shapley value of '
-            "the retrained models, with its 95 % interval</span>"
+        keys.append(
+            f'<i class="k-ls" aria-hidden="true">{shape}</i> Shapley value of the retrained '
+            "models, with its 95 % interval"
         )
         text = (
-            "<p>Shapley values of the retrained models themselves, from coalitions of all sizes. "
-            f"The correlation with them is {_with_interval(head['agreement'])}"
+            "The Shapley values of the retrained models themselves, from coalitions of all sizes. "
+            f"{safe(upper(head['name']))} correlates with them by "
+            f"{with_interval(head['agreement'])}."
         )
         if prop["reference_reliability"] is not None:
-            reliability = number(prop["reference_reliability"], 2)
-            text += f"; of their own spread a share of {reliability} is not noise"
-        text += ".</p>"
-    listed = _records(
-        "",
-        ["contributor", head["name"], "retraining", "95 % interval"],
-        [
-            (
-                "",
-                [
-                    _Record(
-                        r["id"],
-                        [
-                            number(r["value"], digits),
-                            number(r["ls_value"], digits),
-                            _range(r["low"], r["high"], digits),
-                        ],
-                    )
-                    for r in sorted(rows, key=lambda r: (-r["value"], r["id"]))
-                ],
-            )
-        ],
+            share = number(prop["reference_reliability"], 2)
+            text += f" They are noisy too: of their spread a share of {share} is no noise."
+    digits = decimals(rows)
+    listed = [
+        _Row(
+            r["id"],
+            [
+                number(r["value"], digits),
+                number(r["ls_value"], digits),
+                span(r["low"], r["high"], digits),
+            ],
+        )
+        for r in sorted(rows, key=lambda r: (-r["value"], r["id"]))
+    ]
+    heads = ["contributor", head["name"], "retraining", "95 % interval"]
+    return (
+        f"<p>{text}</p>{_plate(drawn, ['values'], keys)}"
+        f"{_fold('The values', _table('', heads, {'': listed}))}"
     )
-    return f"{text}{_chart(charts, 'values', key)}{_details('The values', listed)}"
 
 
-def _fidelity(prop: PropertyValidation, charts: dict[str, str]) -> str:
-    rows = prop["fidelity"]
+def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
+    rows, first = prop["fidelity"], first_set(prop)
     if not rows:
         return ""
-    digits = _digits(x for f in rows for x in (f["rmse"], f["bias"]))
-    first = _first(prop)
-    guide = "" if first is None else f" at {safe(first['name'])}"
     text = (
-        "<p>A coalition's model is a stand-in for the model that would have been trained on its "
-        "images alone. Here both were made for the same coalitions, and v(S) of one is compared "
-        "with v(S) of the other.</p>"
+        "<p>The values come from models that stand in for retraining. For these coalitions both "
+        "were made; v(S) of the one is compared with v(S) of the other.</p>"
     )
-    key = (
-        '<span class="key">Pearson correlation of v(S) with retraining, with 95 % intervals over '
-        f'coalitions.</span><span class="key">ceiling: rank correlation of one retraining with '
-        f"another{guide}</span>{_abbreviations(f['counterfactual'] for f in rows)}"
-    )
-    figures = _chart(charts, "fidelity-steps", key) + _chart(charts, "fidelity-seconds", "")
+    keys = ["Pearson correlation of v(S) with retraining; bars: 95 % intervals over coalitions"]
+    if first is not None and first["ceiling"]["value"] is not None:
+        where = safe(first["name"])
+        keys.append(f"ceiling: rank correlation of one retraining with another, at {where}")
+    keys += abbreviations(f["counterfactual"] for f in rows)
+    digits = _digits(f["rmse"] for f in rows)
     records = [
-        _Record(
-            _kind(f["counterfactual"]),
+        _Row(
+            f["counterfactual"],
             [
                 _cell(f["pearson"]),
                 number(f["spearman"], 2),
                 number(f["rmse"], digits),
                 number(f["bias"], digits),
                 f"{f['coalitions']:,}",
-                "–" if f["seconds"] is None else duration(f["seconds"]),
+                _time(f["seconds"]),
             ],
-            ", ".join(
-                [
-                    *([] if f["steps"] is None else [f"{f['steps']:,} steps"]),
-                    *([] if f["ema"] is None else [f"{f['ema']} average"]),
-                ]
-            ),
+            ", ".join(_settings(f["steps"], f["ema"])),
         )
         for f in rows
     ]
     heads = ["v(S) under", "Pearson", "Spearman", "rmse", "bias", "coalitions", "time of one"]
-    caption = f"Fidelity of v(S). Rmse and bias are {_measured(prop)}."
-    return text + figures + _records(caption, heads, [("", records)])
+    caption = f"v(S) against retraining{_measured(prop)}. Bias: mean difference."
+    pictures = _plate(drawn, ["fidelity-steps", "fidelity-seconds"], keys)
+    return text + pictures + _fold("The figures", _table(caption, heads, {"": records}))
 
 
-def _budget(prop: PropertyValidation, charts: dict[str, str]) -> str:
-    rows = prop["budget"]
+def _settings(steps: int | None, ema: str | None) -> list[str]:
+    return ([] if steps is None else [f"{steps:,} steps"]) + ([] if ema is None else [f"ema {ema}"])
+
+
+def _budget(prop: PropertyValidation, drawn: dict[str, str]) -> str:
+    rows, first = prop["budget"], first_set(prop)
     if not rows:
         return ""
-    first = _first(prop)
     where = "" if first is None else f" at {safe(first['name'])}"
-    key = (
-        f'<span class="key">LDS{where}, mean over designs, by what was spent.</span>'
-        f"{_abbreviations(b['counterfactual'] for b in rows)}"
-    )
+    keys = [f"LDS{where}, mean over designs", *abbreviations(b["counterfactual"] for b in rows)]
     records = [
-        _Record(
+        _Row(
             b["estimator"],
             [
                 number(b["lds"], 2),
@@ -479,53 +307,45 @@ def _budget(prop: PropertyValidation, charts: dict[str, str]) -> str:
         for b in rows
     ]
     heads = ["estimator", "LDS", "agreement", "coalitions", "worker time"]
-    return (
-        _chart(charts, "budget-evaluations", key)
-        + _chart(charts, "budget-seconds", "")
-        + _details("The figures", _records("", heads, [("", records)]))
+    return _plate(drawn, ["budget-evaluations", "budget-seconds"], keys) + _fold(
+        "The figures", _table("", heads, {"": records})
     )
 
 
-def _removal(prop: PropertyValidation, charts: dict[str, str]) -> str:
+def _removal(prop: PropertyValidation, drawn: dict[str, str]) -> str:
     rows = prop["removal"]
     if not rows:
         return ""
     digits = _digits([prop["v_full"], *(r["value"] for r in rows)])
-    everything = ""
-    if prop["v_full"] is not None:
-        everything = f", {number(prop['v_full'], digits)}"
+    full = "" if prop["v_full"] is None else f", {number(prop['v_full'], digits)}"
     text = (
-        "<p>The contributors a method ranks first are taken away and the model is retrained: the "
-        "better the ranking, the further the property falls. Or only they are kept, and it "
-        "should fall little. Changes are relative to retraining on everything"
-        f"{everything}.</p>"
+        "<p>The contributors that a method ranks first are left out and the model is retrained: "
+        "the better the ranking, the further the property falls. Or they alone are kept: the "
+        "better the ranking, the less it falls. Changes are relative to retraining on "
+        f"everything{full}.</p>"
     )
+    keys = ["removed: lower is better", "kept: higher is better"]
     records = [
-        _Record(
+        _Row(
             r["method"],
             [
-                _percent(r["change"]),
+                f"{number(100 * r['change'], 1)} %",
                 number(r["value"], digits),
-                f"{'keep' if r['keeps'] else 'remove'} {100 * r['share']:g} %",
+                f"{'kept' if r['keeps'] else 'removed'}, {100 * r['share']:g} %",
                 str(r["contributors"]),
             ],
         )
         for r in rows
     ]
-    heads = ["ranked by", "change", "retrained", "top share", "contributors"]
-    return (
-        text
-        + _chart(charts, "removal", '<span class="key">Lower is better.</span>')
-        + _chart(charts, "keep", '<span class="key">Higher is better.</span>')
-        + _details("The figures", _records("", heads, [("", records)]))
-    )
+    heads = ["ranked by", "change", "retrained", "the first", "contributors"]
+    figures = _fold("The figures", _table("", heads, {"": records}))
+    return text + _plate(drawn, ["removal", "keep"], keys) + figures
 
 
 def _cost(validation: Validation) -> str:
-    seconds = validation["seconds"]
-    rows = [(name, duration(s)) for name, s in seconds.items()]
-    if len(seconds) > 1:
-        rows.append(("all studies, worker time", duration(sum(seconds.values()))))
+    rows = [(f"{study}, worker time", duration(s)) for study, s in validation["seconds"].items()]
+    if len(rows) > 1:
+        rows.append(("all studies", duration(sum(validation["seconds"].values()))))
     rows.append(("evaluations", f"{validation['done']:,} of {validation['planned']:,}"))
     return facts_table(rows)
 
@@ -541,207 +361,95 @@ def _provenance(validation: Validation) -> str:
     return facts_table(rows.items(), "long")
 
 
-class _Record(NamedTuple):
-    """A row of a table: its name, its cells as HTML, a note under the name."""
+class _Row(NamedTuple):
+    """A row of a table: its name, figures as HTML, a note under the name, its rank."""
 
     name: str
-    cells: Sequence[str]
+    figures: Sequence[str]
     note: str = ""
     rank: str = ""
     strong: bool = False
 
 
-def _records(
-    caption: str,
-    heads: Sequence[str],
-    groups: Iterable[tuple[str, Sequence[_Record]]],
-    ranked: bool = False,
+def _table(
+    caption: str, heads: Sequence[str], groups: dict[str, list[_Row]], ranked: bool = False
 ) -> str:
-    """Return a table that a narrow screen lays out as cards, so roles are explicit.
-
-    Empty cells have no place in a card.
-    """
-    styles = ["name", *[""] * (len(heads) - 1)]
-    if ranked:
-        heads, styles = ["rank", *heads], ["rank", *styles]
+    """Return a table of named groups. Roles are explicit: a narrow screen shows rows as cards."""
+    titles = [("rank", "rank")] * ranked + [(heads[0], "name"), *((h, "") for h in heads[1:])]
     head = "".join(
-        f'<th scope="col" role="columnheader" class="{style}">{safe(name)}</th>'
-        for name, style in zip(heads, styles, strict=True)
+        f'<th scope="col" role="columnheader" class="{style}">{safe(title) if title else ""}</th>'
+        for title, style in titles
     )
     body = ""
-    for heading, rows in groups:
-        if heading and rows:
+    for name, rows in groups.items():
+        if name and rows:
             body += (
-                f'<tr role="row" class="group"><th scope="rowgroup" role="rowheader" '
-                f'colspan="{len(heads)}">{safe(heading)}</th></tr>'
+                '<tr role="row" class="group"><th scope="rowgroup" role="rowheader" '
+                f'colspan="{len(titles)}">{safe(name)}</th></tr>'
             )
-        body += "".join(_record(row, heads[1 + ranked :], ranked) for row in rows)
+        body += "".join(_row(row, heads, ranked) for row in rows)
     return (
-        f'<table class="values{"" if ranked else " records"}" role="table">'
-        f"<caption>{safe(caption) if caption else ''}</caption>"
-        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<table class="values {"ranked" if ranked else "plain"}" role="table">'
+        + (f"<caption>{safe(caption)}</caption>" if caption else "")
+        + f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{body}</tbody></table>'
     )
 
 
-def _record(row: _Record, heads: Sequence[str], ranked: bool) -> str:
+def _row(row: _Row, heads: Sequence[str], ranked: bool) -> str:
     rank = f'<td role="cell" class="rank">{row.rank}</td>' if ranked else ""
     note = f"<small>{safe(row.note)}</small>" if row.note else ""
     more = "".join(
         f'<td role="cell" class="{"more" if text else "pad"}" data-label="{safe(head)}">{text}</td>'
-        for head, text in zip(heads[1:], row.cells[1:], strict=True)
+        for head, text in zip(heads[2:], row.figures[1:], strict=True)
     )
     return (
         f'<tr role="row"{" class=strong" if row.strong else ""}>{rank}'
         f'<th scope="row" role="rowheader" class="name"><bdi>{safe(row.name)}</bdi>{note}</th>'
-        f'<td role="cell" class="val">{row.cells[0]}</td>{more}</tr>'
+        f'<td role="cell" class="val">{row.figures[0]}</td>{more}</tr>'
     )
 
 
-def _details(summary: str, body: str) -> str:
+def _plate(drawn: dict[str, str], names: Sequence[str], keys: Sequence[str]) -> str:
+    """Return charts over one caption, side by side where there is room; keys are HTML."""
+    svgs = [drawn[name] for name in names if name in drawn]
+    caption = "".join(f'<span class="key">{key}</span>' for key in keys)
+    if len(svgs) < 2:
+        return plate(svgs[0], caption) if svgs else ""
+    return f'<figure class="pair">{"".join(svgs)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _fold(summary: str, body: str) -> str:
     return f"<details><summary>{summary}</summary>{body}</details>"
 
 
-def _chart(charts: dict[str, str], name: str, caption: str) -> str:
-    return plate(charts[name], caption) if name in charts else ""
+def _ranks(prop: PropertyValidation) -> dict[str, str]:
+    """Return the ranks of all methods that have a score, by name, whatever their family."""
+    scores = [(score_of(prop, m)["value"], m["name"]) for m in prop["methods"]]
+    best = sorted((-value, name) for value, name in scores if value is not None)
+    return {name: str(rank) for rank, (_, name) in enumerate(best, 1)}
 
 
-# -- the pictures ---------------------------------------------------------------------------------
+def _cell(figure: Estimate) -> str:
+    """Return a figure with its interval in small print, as HTML."""
+    if figure["value"] is None or figure["low"] is None:
+        return number(figure["value"], 2)
+    small = span(figure["low"], figure["high"], 2)
+    return f"{number(figure['value'], 2)}<small>{small}</small>"
 
 
-def figures(validation: Validation) -> dict[str, str]:
-    """Return all charts as SVG, by "<property>-<chart>"; charts without a point are left out."""
-    return {
-        f"{prop['name']}-{name}": svg
-        for prop in validation["properties"]
-        for name, svg in _charts(prop, validation["contributors"]).items()
-    }
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)
 
 
-def _charts(prop: PropertyValidation, contributors: list[str]) -> dict[str, str]:
-    title, first = upper(prop["title"]), _first(prop)
-    charts = {}
-    groups = _dots(prop)
-    if any(rows for _, rows in groups) and first is not None:
-        said = f"{title}: LDS of each method at {first['name']}"
-        charts["lds"] = dots_svg(groups, said, "LDS", _guides(first))
-    if prop["methods"]:
-        said = f"{title}: values beside those of retraining"
-        charts["values"] = reference_svg(_value_rows(prop, contributors), said, "retrained")
-    ceiling = [g for g in _guides(first) if g.name == "ceiling"]
-    limits = [g for g in _guides(first) if g.name in ("ceiling", "chance")]
-    drawn = [
-        ("fidelity-steps", "fidelity of v(S) by training steps", _fidelity_series(prop, "steps"),
-         "steps", "correlation", ceiling, True),
-        ("fidelity-seconds", "fidelity of v(S) by seconds", _fidelity_series(prop, "seconds"),
-         "worker seconds of one coalition", "correlation", ceiling, True),
-        ("budget-evaluations", "LDS by coalitions", _budget_series(prop, "evaluations"),
-         "coalitions evaluated", "LDS", limits, False),
-        ("budget-seconds", "LDS by seconds", _budget_series(prop, "seconds"),
-         "worker seconds", "LDS", limits, True),
-        ("removal", "retrained without the first", _removal_series(prop["removal"], keeps=False),
-         "top contributors removed, %", "change, %", [], False),
-        ("keep", "retrained on the first alone", _removal_series(prop["removal"], keeps=True),
-         "top contributors kept, %", "change, %", [], False),
-    ]  # fmt: skip
-    for name, what, series, x_label, y_label, guides, log_x in drawn:
-        if any(s.points for s in series):
-            charts[name] = line_svg(
-                series, f"{title}: {what}", x_label, y_label, guides, log_x=log_x
-            )
-    return charts
+def _digits(figures: Iterable[float | None]) -> int:
+    """Return the decimals that show the middle one of the figures to three digits."""
+    sizes = sorted(abs(x) for x in figures if x)
+    return 2 - math.floor(math.log10(sizes[len(sizes) // 2])) if sizes else 3
 
 
-def _dots(prop: PropertyValidation) -> list[tuple[str, list[Row]]]:
-    first = _first(prop)
-    groups = []
-    for family in _FAMILIES:
-        rows = []
-        for m in _sorted(prop):
-            score = _UNKNOWN if first is None else m["lds"].get(first["name"], _UNKNOWN)
-            if m["family"] == family and score["value"] is not None:
-                strong = m is prop["methods"][0]
-                rows.append(Row(m["name"], score["value"], score["low"], score["high"], strong))
-        groups.append((f"{family}s", rows))
-    return groups
-
-
-def _guides(oracle: OracleSet | None) -> list[Guide]:
-    if oracle is None:
-        return []
-    limits = {
-        "ceiling": oracle["ceiling"]["value"],
-        "additive": oracle["additivity"]["value"],
-        "floor": oracle["floor"],
-        "chance": oracle["chance95"],
-    }
-    return [Guide(name, at) for name, at in limits.items() if at is not None]
-
-
-def _value_rows(prop: PropertyValidation, contributors: list[str]) -> list[dict[str, Any]]:
-    nothing = [None] * len(contributors)
-    columns = (
-        contributors,
-        prop["methods"][0]["values"],
-        prop["reference"] or nothing,
-        prop["reference_low"] or nothing,
-        prop["reference_high"] or nothing,
-    )
-    keys = ("id", "value", "ls_value", "low", "high")
-    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _fidelity_series(prop: PropertyValidation, x: Literal["steps", "seconds"]) -> list[Series]:
-    lines: dict[str, list[Point]] = {}
-    for f in prop["fidelity"]:
-        across, pearson = f[x], f["pearson"]
-        if across is not None and pearson["value"] is not None:
-            name = " ".join(filter(None, (_short(f["counterfactual"]), f["ema"])))
-            point = Point(across, pearson["value"], pearson["low"], pearson["high"])
-            lines.setdefault(name, []).append(point)
-    return _lines(lines)
-
-
-def _budget_series(prop: PropertyValidation, x: Literal["evaluations", "seconds"]) -> list[Series]:
-    lines: dict[str, list[Point]] = {}
-    for b in prop["budget"]:
-        if b["lds"] is not None:
-            name = f"{_short(b['counterfactual'])}, {b['estimator']}"
-            lines.setdefault(name, []).append(Point(b[x], b["lds"]))
-    return _lines(lines)
-
-
-def _removal_series(rows: Sequence[Removal], keeps: bool) -> list[Series]:
-    lines: dict[str, list[Point]] = {}
-    for r in rows:
-        if r["keeps"] == keeps:
-            point = Point(100 * r["share"], 100 * r["change"])
-            lines.setdefault(r["method"], []).append(point)
-    return _lines(lines)
-
-
-def _lines(lines: dict[str, list[Point]]) -> list[Series]:
-    return [Series(name, sorted(points, key=lambda p: p.x)) for name, points in lines.items()]
-
-
-def _kind(counterfactual: str) -> str:
-    """Return "sparsified finetune" for a kind."""
-    return counterfactual.replace("_", " ")
-
-
-def _short(counterfactual: str) -> str:
-    """Return "sFT 100" for "sparsified_finetune, 100 steps", the kind abbreviated as published."""
-    kind, *rest = counterfactual.split(", ")
-    return " ".join([_SHORT.get(kind, _kind(kind)), *(r.removesuffix(" steps") for r in rest)])
-
-
-def _abbreviations(counterfactuals: Iterable[str]) -> str:
-    kinds = {text.split(", ")[0] for text in counterfactuals}
-    used = [short for kind, short in _SHORT.items() if kind in kinds]
-    return "".join(f'<span class="key">{short}: {_MEANINGS[short]}</span>' for short in used)
-
-
-# -- the tables -----------------------------------------------------------------------------------
+def _measured(prop: PropertyValidation) -> str:
+    return f", in {prop['unit']}" if prop["unit"] else ""
 
 
 def table(validation: Validation) -> str:
@@ -752,7 +460,7 @@ def table(validation: Validation) -> str:
     if not properties:
         return head
     prop, lines = properties[0], []
-    first = _first(prop)
+    first = first_set(prop)
     if first is not None and prop["methods"]:
         lines = _comparison_lines(prop, first)
     said = [f"{upper(p['title'])}: {verdict(p)}" for p in properties]
@@ -767,8 +475,8 @@ def _comparison_lines(prop: PropertyValidation, first: OracleSet) -> list[str]:
     """Return the table as lines, a rule between the families; long names are cut."""
     heads = ("", "LDS", "interval", "lead", "agree", "evals", "seconds")
     families = [
-        [_line(m, first, _lead(prop, m)) for m in _sorted(prop) if m["family"] == family]
-        for family in _FAMILIES
+        [_line(m, first, lead_of(prop, m)) for m in by_family(prop) if m["family"] == family]
+        for family in FAMILIES
     ]
     rows = [heads, *(row for rows in families for row in rows)]
     widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
@@ -791,12 +499,12 @@ def _comparison_lines(prop: PropertyValidation, first: OracleSet) -> list[str]:
 
 
 def _line(method: Method, first: OracleSet, lead: Estimate) -> tuple[str, ...]:
-    score, seconds = method["lds"].get(first["name"], _UNKNOWN), method["seconds"]
+    score, seconds = method["lds"].get(first["name"], UNKNOWN), method["seconds"]
     return (
         visible(method["name"]),
         number(score["value"], 2),
-        _range(score["low"], score["high"], 2),
-        _range(lead["low"], lead["high"], 2),
+        span(score["low"], score["high"], 2),
+        span(lead["low"], lead["high"], 2),
         number(method["agreement"]["value"], 2),
         str(method["evaluations"]),
         number(seconds, 1 if seconds is not None and seconds < 10 else 0),
@@ -816,23 +524,17 @@ def markdown(validation: Validation) -> str:
     for prop in properties:
         heads += [f"LDS {prop['title']}, {prop['oracle'][0]['name']}", "lead"]
     rows = [[*heads, "evaluations", "worker seconds"], ["---"] * (len(heads) + 2)]
-    for method in _sorted(properties[0]):
+    for method in by_family(properties[0]):
         row = [method["name"]]
         for prop in properties:
             mine = next((m for m in prop["methods"] if m["name"] == method["name"]), None)
-            score = _UNKNOWN if mine is None else _score(prop, mine)
-            lead = _UNKNOWN if mine is None else _lead(prop, mine)
-            row += [_with_interval(score), _with_interval(lead)]
+            score = UNKNOWN if mine is None else score_of(prop, mine)
+            lead = UNKNOWN if mine is None else lead_of(prop, mine)
+            row += [with_interval(score), with_interval(lead)]
         rows.append([*row, str(method["evaluations"]), number(method["seconds"], 0)])
-    limits: list[tuple[str, Callable[[OracleSet], str]]] = [
-        ("*another retraining (ceiling)*", lambda o: _with_interval(o["ceiling"])),
-        ("*best additive model*", lambda o: _with_interval(o["additivity"])),
-        ("*equal split (floor)*", lambda o: number(o["floor"], 2)),
-        ("*chance stays below*", lambda o: number(o["chance95"], 2)),
-    ]
-    for name, of in limits:
-        figures = [cell for prop in properties for cell in (of(prop["oracle"][0]), "")]
-        rows.append([name, *figures, "", ""])
+    for limit in zip(*(_limits(p["oracle"][0]) for p in properties), strict=True):
+        figures = [text for _, figure in limit for text in (with_interval(figure), "")]
+        rows.append([limit[0][0], *figures, "", ""])
     return "".join(f"| {' | '.join(map(_escaped, row))} |\n" for row in rows)
 
 
@@ -840,78 +542,3 @@ def _escaped(text: str) -> str:
     """Return text that Markdown shows in a table cell as it is."""
     shown = html.escape(visible(text), quote=False) if text else ""
     return shown.replace("|", "\\|").replace("`", "\\`")
-
-
-# -- what both read -------------------------------------------------------------------------------
-
-
-def _first(prop: PropertyValidation) -> OracleSet | None:
-    return prop["oracle"][0] if prop["oracle"] else None
-
-
-def _head(prop: PropertyValidation) -> Method | None:
-    return prop["methods"][0] if prop["methods"] else None
-
-
-def _score(prop: PropertyValidation, method: Method) -> Estimate:
-    """Return a method's LDS on the first oracle set."""
-    first = _first(prop)
-    return _UNKNOWN if first is None else method["lds"].get(first["name"], _UNKNOWN)
-
-
-def _lead(prop: PropertyValidation, method: Method) -> Estimate:
-    """Return by how much the headline method's LDS is ahead on the first oracle set."""
-    first = _first(prop)
-    if first is None or method is prop["methods"][0]:
-        return _UNKNOWN
-    return method["lead"].get(first["name"], _UNKNOWN)
-
-
-def _sorted(prop: PropertyValidation) -> list[Method]:
-    """Return the methods family by family, the best first, those without a score last."""
-
-    def key(m: Method) -> tuple[int, bool, float, str]:
-        value = _score(prop, m)["value"]
-        return list(_FAMILIES).index(m["family"]), value is None, -(value or 0.0), m["name"]
-
-    return sorted(prop["methods"], key=key)
-
-
-def _ranks(prop: PropertyValidation) -> dict[str, str]:
-    """Return the ranks of all methods that have a score, by name, whatever their family."""
-    scores = [(_score(prop, m)["value"], m["name"]) for m in prop["methods"]]
-    best = sorted(((-value, name) for value, name in scores if value is not None))
-    return {name: str(rank) for rank, (_, name) in enumerate(best, 1)}
-
-
-def _range(low: float | None, high: float | None, digits: int) -> str:
-    return "–" if low is None else f"{number(low, digits)} … {number(high, digits)}"
-
-
-def _with_interval(figure: Estimate) -> str:
-    """Return "0.86 (0.78 … 0.91)", for text."""
-    if figure["value"] is None or figure["low"] is None:
-        return number(figure["value"], 2)
-    return f"{number(figure['value'], 2)} ({_range(figure['low'], figure['high'], 2)})"
-
-
-def _cell(figure: Estimate) -> str:
-    """Return a figure with its interval in small print, as HTML."""
-    if figure["value"] is None or figure["low"] is None:
-        return number(figure["value"], 2)
-    small = _range(figure["low"], figure["high"], 2)
-    return f"{number(figure['value'], 2)}<small>{small}</small>"
-
-
-def _percent(part: float) -> str:
-    return f"{number(100 * part, 1)} %"
-
-
-def _digits(figures: Iterable[float | None]) -> int:
-    """Return the decimals that show the middle one of the figures to three digits."""
-    sizes = sorted(abs(x) for x in figures if x)
-    return 2 - math.floor(math.log10(sizes[len(sizes) // 2])) if sizes else 3
-
-
-def _measured(prop: PropertyValidation) -> str:
-    return f"measured in {prop['unit']}" if prop["unit"] else "measured as the property is"
