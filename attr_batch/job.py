@@ -362,10 +362,35 @@ class Job:
         study = Study("", tuple(self.spec.estimator.plan(n)), self.spec.counterfactual)
         return (*self.evaluations(study), *self._references(n, study))
 
+    @property
+    def target(self) -> float | None:
+        """Mean half-width at which the job may stop before its budget is spent."""
+        return getattr(self.spec.estimator, "target_half_width", None)
+
+    @cached_property
+    def batches(self) -> tuple[tuple[Evaluation, ...], ...]:
+        """The plan in the parts between which a job with a target may stop; else it is one part.
+
+        What is not of the design belongs to the first, so that every interval has its endpoints.
+        """
+        if self.target is None:
+            return (self.plan,)
+        parts: dict[int, list[Evaluation]] = {0: []}
+        for evaluation in self.plan:
+            entry = evaluation.entry
+            batch = entry.batch if entry.sequence == "design" else 0
+            parts.setdefault(batch, []).append(evaluation)
+        return tuple(tuple(parts[batch]) for batch in sorted(parts))
+
     @cached_property
     def work(self) -> tuple[Evaluation, ...]:
-        """All there is to evaluate: the plan, then the studies."""
-        return (*self.plan, *(e for study in self.studies for e in self.evaluations(study)))
+        """All there may be to evaluate: the plan, then the studies."""
+        return (*self.plan, *self.studied)
+
+    @cached_property
+    def studied(self) -> tuple[Evaluation, ...]:
+        """The evaluations of the studies."""
+        return tuple(e for study in self.studies for e in self.evaluations(study))
 
     def evaluations(self, study: Study) -> Iterator[Evaluation]:
         """Yield the evaluations of a study, in the order of its entries."""

@@ -13,16 +13,16 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from attr_batch import __version__, report
 from attr_batch.errors import AttrBatchError, IncompleteDesign, LedgerConflict, StoreError
-from attr_batch.estimators import Attribution, Observation
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
-from attr_batch.job import Evaluation, Job, Subject
+from attr_batch.facts import Facts, one_thread
+from attr_batch.job import Evaluation, Job
 from attr_batch.ledger import REPAIR_HINT
 from attr_batch.log import say, warn
 from attr_batch.properties import Property
@@ -30,14 +30,6 @@ from attr_batch.recipe import RECIPE_VERSION, canonical, digest
 
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
 SHOWN_COALITIONS = 4
-PHASES: tuple[str, ...] = (
-    "trained model",
-    "pruned model",
-    "instruments",
-    "finetune",
-    "sample",
-    "measure",
-)
 CAPTIONS = {
     "trained": "Trained on all data, unpruned",
     "pruned": "Pruned and recovered, before any coalition",
@@ -46,103 +38,12 @@ CAPTIONS = {
 ROLES: Any = {"endpoint": "endpoint", "design": "design", "holdout": "holdout"}
 
 
-class Facts:
-    """All that the ledger knows of a job's plan, or of the evaluations given.
+@dataclass(frozen=True)
+class Session:
+    """What a run took: wall seconds, and the run keys it found in the store."""
 
-    Facts do not change: each is read once.
-    """
-
-    def __init__(self, job: Job, evaluations: Sequence[Evaluation] | None = None) -> None:
-        self.job = job
-        self._evaluations = evaluations
-        self.rows: list[tuple[Evaluation, Evaluation]] = []  # as planned, and what stands in for it
-        self.values: dict[tuple[str, str], dict[str, Any]] = {}  # by (run key, property name)
-        self.derivations: dict[str, dict[str, Any]] = {}  # by run key
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read what has been published since the last time."""
-        job, ledger = self.job, self.job.ledger
-        planned = job.plan if self._evaluations is None else self._evaluations
-        self.rows = [(e, e if self._whole(e) else job.settled(e)) for e in planned]
-        for _, run in self.rows:
-            if self._whole(run):
-                continue
-            for prop in job.spec.properties:
-                fact = ledger.value(run.key, prop.name, job.property_digest(prop))
-                if fact is not None:
-                    self.values[run.key, prop.name] = fact
-            derivation = ledger.fact(ledger.derivation_name(run.key))
-            if derivation is not None:
-                self.derivations[run.key] = derivation
-
-    def _whole(self, run: Evaluation) -> bool:
-        return run.key in self.derivations and all(
-            (run.key, prop.name) in self.values for prop in self.job.spec.properties
-        )
-
-    def seconds_spent(self) -> dict[str, float]:
-        """Return worker seconds by phase, of all work that the job's results rest on."""
-        job = self.job
-        spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        for (family, thing_id), phase in zip(job.things, job.thing_phases, strict=True):
-            if job.ledger.thing(family, thing_id) is not None:
-                manifest = job.ledger.fact(f"{family}/{thing_id}/manifest.json") or {}
-                spent[phase] += manifest.get("seconds", 0.0)
-        for fact in self.derivations.values():
-            for phase, seconds in fact["seconds"].items():
-                spent[phase] += seconds
-        spent["measure"] += sum(fact["seconds"] for fact in self.values.values())
-        return spent
-
-    @property
-    def seconds_per_evaluation(self) -> float | None:
-        """Median worker seconds of a coalition's model and samples, None if unknown."""
-        seconds = [
-            sum(fact["seconds"].values())
-            for fact in self.derivations.values()
-            if fact["recipe"]["subject"] == "derived" and fact["recipe"]["members"]
-        ]
-        return median(seconds) if seconds else None
-
-    @property
-    def planned(self) -> int:
-        """Number of evaluations in the estimator's plan: the references are not among them."""
-        return sum(planned.entry.sequence != "reference" for planned, _ in self.rows)
-
-    def missing(self) -> list[Evaluation]:
-        """Evaluations of the estimator's plan without all their values."""
-        names = [prop.name for prop in self.job.spec.properties]
-        return [
-            planned
-            for planned, run in self.rows
-            if planned.entry.sequence != "reference"
-            and any((run.key, name) not in self.values for name in names)
-        ]
-
-    def observations(self, prop: Property) -> list[Observation]:
-        """Return what the estimator reads: endpoints as the spec says, design, holdout."""
-        paper = self.job.spec.endpoints == "paper"
-        ends = ("trained", "untrained") if paper else ("derived",)
-        found = []
-        for planned, run in self.rows:
-            entry, fact = run.entry, self.values.get((run.key, prop.name))
-            end = entry.role in ("empty", "grand")
-            if fact is not None and planned.subject in (ends if end else ("derived",)):
-                found.append(
-                    Observation(
-                        entry.coalition, fact["value"], entry.role, entry.pair, entry.replicate
-                    )
-                )
-        return found
-
-    def reference(self, prop: Property, subject: Subject) -> float | None:
-        """Return the property of the trained, pruned or untrained model."""
-        for planned, run in self.rows:
-            if planned.subject == subject:
-                fact = self.values.get((run.key, prop.name))
-                return None if fact is None else fact["value"]
-        return None
+    seconds: float
+    found: frozenset[str]
 
 
 # -- attribution.json -----------------------------------------------------------------------------
@@ -157,15 +58,7 @@ def attributions(facts: Facts, provisional: bool = False) -> list[dict[str, Any]
         hint = "run again: what failed is tried again; or --provisional, or estimator.max_failed"
         what = f"{len(missing)} of {facts.planned} evaluations have no value, {allowed} may lack"
         raise IncompleteDesign(what, _first_reason(job, missing), hint)
-    with _one_thread():
-        return [_attribution(facts, prop, len(missing)) for prop in job.spec.properties]
-
-
-def _one_thread() -> Any:
-    """Keep BLAS to one thread: the last bits must not depend on the number of cores."""
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1)
+    return [_attribution(facts, prop, len(missing)) for prop in job.spec.properties]
 
 
 def _first_reason(job: Job, missing: list[Evaluation]) -> str | None:
@@ -178,8 +71,7 @@ def _first_reason(job: Job, missing: list[Evaluation]) -> str | None:
 
 def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
     job, roster = facts.job, facts.job.card.roster
-    found: Attribution = job.spec.estimator.estimate(facts.observations(prop), len(roster))
-    body = found.to_json(
+    body = facts.estimate(prop).to_json(
         roster.ids,
         [c.images for c in roster.contributors],
         [c.digest for c in roster.contributors],
@@ -203,6 +95,7 @@ def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
     return {
         "property": prop.name,
         **body,
+        "stopping": None if facts.stopping is None else facts.stopping.to_json(),
         "as_published": {**paper, "pruned": facts.reference(prop, "pruned")},
         "recipe": recipe,
         "spec_digest": job.spec_digest,
@@ -211,14 +104,12 @@ def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
     }
 
 
-def publish(
-    job: Job, provisional: bool = False, session: tuple[float, int] | None = None
-) -> dict[str, Any]:
+def publish(job: Job, provisional: bool = False, session: Session | None = None) -> dict[str, Any]:
     """Write reports/<spec digest>/ and return attribution.json.
 
     A complete attribution is published once: made again it has the same bytes (on another
     processor, the same numbers to 1e-9), or else something was altered: LedgerConflict. `session`
-    is what the run that just ended took: wall seconds, and the evaluations it found in the store.
+    is what the run that just ended took.
     """
     facts = Facts(job)
     provisional = provisional and bool(facts.missing())
@@ -439,10 +330,13 @@ def _provenance(facts: Facts) -> dict[str, str]:
     }
 
 
-def _cost(facts: Facts, before: bytes | None, session: tuple[float, int] | None = None) -> Cost:
+def _cost(facts: Facts, before: bytes | None, session: Session | None = None) -> Cost:
     """Return what all the work cost, and of the last run that did some, its wall seconds."""
     old = json.loads(before) if before else {"wall_seconds": None, "reused": len(facts.rows)}
-    wall_seconds, reused = session or (old["wall_seconds"], old["reused"])
+    wall_seconds, reused = old["wall_seconds"], old["reused"]
+    if session is not None:
+        wall_seconds = session.seconds
+        reused = sum(planned.key in session.found for planned, _ in facts.rows)
     spent = facts.seconds_spent()
     return {
         "seconds": {phase: round(seconds, 3) for phase, seconds in spent.items()},
@@ -516,7 +410,7 @@ def attribute(
     if semivalue != "shapley":
         raise SpecError(f"got {semivalue!r}, wanted shapley", "--semivalue")
     observations, n = read_values(path, players)
-    with _one_thread():
+    with one_thread():
         found = estimator.estimate(observations, n)
     body = found.to_json([str(i) for i in range(n)], [None] * n, [None] * n)
     of_a_job = {"recipe": None, "spec_digest": None, "numerics": None}

@@ -30,6 +30,7 @@ import numpy as np
 
 from attr_batch import __version__, outlook, results
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
+from attr_batch.facts import Agenda
 from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
@@ -280,15 +281,18 @@ def _cpu_model() -> str:
 class Worker:
     """One process's way through the job. `shard` of `shards` counts worker processes.
 
-    `waits`: stay until nobody works on the job any more, as long as the job is not sharded.
+    `waits`: stay until nobody works on the job any more, as long as the job is not sharded. With a
+    target everyone stays until the batch is done: its values say whether there is another.
     """
 
     def __init__(
         self, lab: Laboratory, shard: int, shards: int, session: str, waits: bool = False
     ) -> None:
         self.lab, self.job, self.ledger = lab, lab.job, lab.ledger
-        self.shard, self.shards, self.session, self.waits = shard, shards, session, waits
+        self.shard, self.shards, self.session = shard, shards, session
+        self.waits = waits or self.job.target is not None
         self.stopped = False
+        self.agenda = Agenda(self.job)
         self._began = time.time()
         self._finished: set[str] = set()  # keys that are done or were tried, never to be looked at
 
@@ -300,9 +304,9 @@ class Worker:
             if evaluation is not None:
                 self._finished.add(evaluation.key)
                 self._evaluate(evaluation)
-            elif self.waits and any(e.key not in self._finished for e in self.job.work):
+            elif self.waits and any(e.key not in self._finished for e in self.agenda.work):
                 self._breathe()  # another process is at the last ones: should it die, we go on
-            else:
+            elif not self.agenda.refresh():
                 return
 
     def _prepare(self, prepares: bool) -> None:
@@ -342,7 +346,7 @@ class Worker:
 
     def _next(self) -> Evaluation | None:
         """Claim the next evaluation: own ones in order, then missing ones from the far end."""
-        plan = self.job.work
+        plan = self.agenda.work
         for evaluation in (*plan[self.shard :: self.shards], *reversed(plan)):
             if evaluation.key in self._finished:
                 continue
@@ -560,7 +564,8 @@ def evaluate(
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
     if error is not None and not complete(job):
         raise error
-    failed = [f for e in job.work if (f := job.ledger.failure(e.key)) and not job.done(e)]
+    work = Agenda(job).work
+    failed = [f for e in work if (f := job.ledger.failure(e.key)) and not job.done(e)]
     mine = [f for f in failed if f["session"] == crew.session]
     if shards > 1 and len(mine) > job.spec.estimator.max_failed:
         what = f"{len(mine)} evaluations of this shard failed, the first: {mine[0]['message']}"
@@ -568,7 +573,7 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Collect SIGTERM and Ctrl-C in the list given, instead of dying of them."""
     caught: list[int] = []
     handlers = {
@@ -589,7 +594,8 @@ class _Watch:
         self.job = job
         self._missing_things = Laboratory(job).things()
         self._things = len(self._missing_things)
-        self._missing: Sequence[Evaluation] = job.work
+        self._agenda = Agenda(job)
+        self._missing = self._agenda.work
         self._progress: Progress | None = None
         self._last = 0.0
 
@@ -604,15 +610,24 @@ class _Watch:
             ]
             doing = [beat for t in self._missing_things if (beat := ledger.heartbeat(t.id))]
             figures = {b.phase: f"{b.done}/{b.total}" for b in doing if b.total}
-            self._update("prepare", "thing", self._things - len(self._missing_things), figures)
+            made = self._things - len(self._missing_things)
+            self._update("prepare", "thing", made, self._things, figures)
             return
+        if self._agenda.refresh():
+            self._missing = self._agenda.work
         self._missing = [e for e in self._missing if not self.job.done(e)]
-        self._update("evaluate", "coalition", len(self.job.work) - len(self._missing), {})
+        total = len(self._agenda.work)
+        self._update(self._label(), "coalition", total - len(self._missing), total, {})
 
-    def _update(self, label: str, unit: str, done: int, figures: dict[str, Any]) -> None:
+    def _label(self) -> str:
+        at = self._agenda.stopping
+        return "evaluate" if at is None else f"evaluate, batch {at.batches} of at most {at.planned}"
+
+    def _update(
+        self, label: str, unit: str, done: int, total: int, figures: dict[str, Any]
+    ) -> None:
         if self._progress is None or self._progress.label != label:
             self.close()
-            total = self._things if label == "prepare" else len(self.job.work)
             self._progress = Progress(label, total, unit=unit)
         self._progress.update(done, **figures)
 
@@ -633,16 +648,17 @@ def run(
         Interrupted: stopped by a signal; checkpoints are written.
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
-    started, reused = time.monotonic(), sum(map(job.done, job.work))
+    started = time.monotonic()
+    found = frozenset(e.key for e in job.plan if job.done(e))
     session, why = None, outlook.reasons(job)
     job.write_down()
     mirror = results.Mirror(job) if shard == 0 else None
-    with _signals() as stopped:
+    with signals() as stopped:
         try:
             if not complete(job):
                 announce(job, why)
                 evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
-                session = (time.monotonic() - started, reused)
+                session = results.Session(time.monotonic() - started, found)
             if not complete(job) and not provisional and _others_at_work(job, shards):
                 say(f"shard {shard} of {shards} is done; others have work left")
                 return None
@@ -657,8 +673,8 @@ def run(
 
 
 def complete(job: Job) -> bool:
-    """Return whether everything shared is made and every evaluation has its values."""
-    return prepared(job) and all(job.done(evaluation) for evaluation in job.work)
+    """Return whether everything shared is made and every evaluation that counts has its values."""
+    return prepared(job) and all(job.done(evaluation) for evaluation in Agenda(job).work)
 
 
 def prepared(job: Job) -> bool:
@@ -669,13 +685,15 @@ def prepared(job: Job) -> bool:
 def _others_at_work(job: Job, shards: int) -> bool:
     """Return whether some missing evaluation has not failed: another shard has it or will."""
     return shards > 1 and any(
-        not job.done(e) and job.ledger.failure(e.key) is None for e in job.work
+        not job.done(e) and job.ledger.failure(e.key) is None for e in Agenda(job).work
     )
 
 
 def announce(job: Job, why: dict[str, Any]) -> None:
     """Say what there is to do, and which paths of the spec made it new."""
     missing = sum(not job.done(e) for e in job.work)
-    say(f"{job.spec.name}: {missing} of {len(job.work)} evaluations to do; store {job.ledger}")
+    most = "" if job.target is None else "at most "
+    what = f"{most}{missing} of {len(job.work)} evaluations to do"
+    say(f"{job.spec.name}: {what}; store {job.ledger}")
     for line in outlook.reasons_text(why):
         say(f"  {line}")
