@@ -1,30 +1,146 @@
-"""`attr-batch validate`: is the attribution right? Retrainings decide."""
+"""`attr-batch validate`: is the attribution right? Retrained models decide.
+
+The job itself, then the studies of a validation in the same ledger and by the same runner: a
+validation resumes, is shared by pods and fails as a job does. Who is retrained without the first
+ranked can only be planned when the ranks are known, so that is a second round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from attr_batch.estimators import Entry
-from attr_batch.estimators.design import of_size
-from attr_batch.job import Study
+from attr_batch import runner
+from attr_batch.baselines import Baseline, TrainingProperty
+from attr_batch.errors import Interrupted
+from attr_batch.evidence import Validation
+from attr_batch.job import Job, Study
+from attr_batch.log import Progress, Upkeep, say
+from attr_batch.properties import Property
+from attr_batch.recipe import RECIPE_VERSION, digest
+from attr_batch.results import Mirror
 from attr_batch.spec import JobSpec
+from attr_batch.studies import Studies, label
+from attr_batch.validation_report import page
+from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
 
-ORACLE = "oracle"
-
-
-def oracle(spec: JobSpec, n: int) -> Study:
-    """Return the retrainings that the linear datamodeling score needs: one size after the other."""
-    entries = tuple(_subsets(spec, n))
-    return Study(ORACLE, entries, spec.validation.oracle, streams=ORACLE)
+Scores = dict[str, dict[str, dict[str, Any]]]  # by property, by baseline: scores and seconds
 
 
-def _subsets(spec: JobSpec, n: int) -> Iterator[Entry]:
-    index = 0
-    for subsets in spec.validation.subsets:
-        size = int(subsets.alpha * n + 1e-9)
-        chosen = list(islice(of_size(n, size, spec.seed), subsets.count))
-        for replicate in range(subsets.seeds):
-            for coalition in chosen:
-                yield Entry("oracle", index, coalition, "holdout", None, 0, replicate, None)
-                index += 1
+def validate(
+    spec: JobSpec, shard: int = 0, shards: int = 1, provisional: bool = False
+) -> Validation | None:
+    """Evaluate whatever is missing of a validation, write its report, return validation.json.
+
+    None where other shards have work left. `provisional`: evaluate nothing, report what there is.
+    Errors are those of `runner.run`.
+    """
+    job = Job(spec)
+    studies = Studies(spec, len(job.card.roster))
+    if not provisional:
+        if runner.run(job, shard, shards) is None:
+            return None
+        if not _evaluate(job, list(studies), shard, shards) or not _score_baselines(job, shard):
+            return None
+    removal = _removal(Readings(job, studies))
+    if removal is not None and not provisional:
+        if not _evaluate(job, [*studies, removal], shard, shards):
+            return None
+    return publish(Readings(job, studies, removal, scores(job)))
+
+
+def _evaluate(job: Job, studies: list[Study], shard: int, shards: int) -> bool:
+    """Do what is missing of the studies; whether all is there then."""
+    wider = Job(job.spec, studies, [digest(inputs) for *_, inputs in _wanted(job)])
+    wider.write_down()
+    if runner.complete(wider):
+        return True
+    missing = sum(not wider.done(e) for e in wider.work)
+    say(f"validation of {job.spec.name}: {missing} of {len(wider.work)} evaluations to do")
+    with runner.signals() as stopped:
+        runner.evaluate(wider, shard, shards, stopped, lambda: None)
+    return runner.complete(wider)
+
+
+def _removal(readings: Readings) -> Study | None:
+    """Return the retrainings that the headline property's ranks ask for."""
+    headline = readings.job.spec.properties[0]
+    order = ranks(readings, methods(readings, headline))
+    return readings.studies.removal(order) if order else None
+
+
+def publish(readings: Readings) -> Validation:
+    """Write validation.json and validation.html beside the job's report; return the first."""
+    found = score(readings)
+    job = readings.job
+    job.ledger.store.replace(f"{job.report_name}/validation.json", to_bytes(found))
+    job.ledger.store.replace(f"{job.report_name}/validation.html", page(found).encode())
+    Mirror(job).end("FINISHED")
+    return found
+
+
+# -- baselines ------------------------------------------------------------------------------------
+
+
+def scores(job: Job) -> Scores:
+    """Return what has been computed of the baselines."""
+    found: Scores = {prop.name: {} for prop in job.spec.properties}
+    for prop, name, _, inputs in _wanted(job):
+        folder = job.ledger.thing("properties", digest(inputs))
+        if folder is not None:
+            manifest = job.ledger.fact(f"properties/{folder.name}/manifest.json") or {}
+            text = (folder / "scores.json").read_text(encoding="utf-8")
+            found[prop.name][name] = {"scores": json.loads(text), "seconds": manifest["seconds"]}
+    return found
+
+
+def _wanted(job: Job) -> Iterator[tuple[Property, str, Baseline, Mapping[str, Any]]]:
+    """Yield every baseline for every property: its name, and all that its scores depend on."""
+    for baseline in job.spec.validation.baselines:
+        for prop in job.spec.properties:
+            own = isinstance(baseline, TrainingProperty)
+            inputs = {
+                "recipe_version": RECIPE_VERSION,
+                "baseline": baseline.recipe(),
+                "property": job.property_digest(prop) if own else None,
+                "data": job.card.recipe(),
+                "base": job.dense_id,
+                "sampling": job.spec.sampling.recipe(),
+                "sampling_seed": job.sampling_seed(),
+                "numerics": job.numerics,
+            }
+            yield prop, label(baseline), baseline, inputs
+
+
+def _score_baselines(job: Job, shard: int) -> bool:
+    """Compute what is missing of the baselines, in this process; shard 0 alone does so."""
+    missing = {
+        digest(inputs): (prop, baseline, inputs)
+        for prop, _, baseline, inputs in _wanted(job)
+        if job.ledger.thing("properties", digest(inputs)) is None
+    }
+    if not missing or shard:
+        return not missing
+    import torch
+
+    torch.set_num_threads(1)
+    lab = runner.Laboratory(job)
+    progress = Progress("baselines", len(missing), unit="baseline")
+    with runner.signals() as stopped:
+        upkeep = Upkeep(stopping=lambda: bool(stopped))
+        seen = {p.name: lab.material(p, upkeep) for p in job.spec.properties}  # gradients are kept
+        for done, (thing_id, (prop, baseline, inputs)) in enumerate(missing.items()):
+            progress.update(done, now=label(baseline))
+            folder = job.ledger.work(f"properties/{thing_id}")
+            folder.mkdir(exist_ok=True)
+            started = time.perf_counter()
+            found = baseline.scores(seen[prop.name])
+            (folder / "scores.json").write_text(json.dumps(found.tolist()), encoding="utf-8")
+            seconds = time.perf_counter() - started
+            job.ledger.publish_thing("properties", thing_id, folder, inputs, seconds)
+            if stopped:
+                raise Interrupted("stopped by a signal", hint="run the same command again")
+    progress.close()
+    return True

@@ -1,0 +1,492 @@
+"""What the studies of a validation say: every method beside the retrained models.
+
+Pure functions of the ledger: `score` can be had of an unfinished validation, and again at any
+time. How a score and its interval are computed stands in `lds`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from attr_batch import __version__, lds
+from attr_batch.coalition import Coalition
+from attr_batch.errors import AttrBatchError
+from attr_batch.estimators import GP, Attribution, Entry, Observation, PairedLS, Reference, Ridge
+from attr_batch.estimators.regression import Array
+from attr_batch.estimators.surrogate import control
+from attr_batch.evidence import (
+    Budget,
+    Estimate,
+    Fidelity,
+    Method,
+    OracleSet,
+    PropertyValidation,
+    Removal,
+    Validation,
+)
+from attr_batch.facts import Facts, one_thread
+from attr_batch.job import Job, Study
+from attr_batch.properties import Property
+from attr_batch.studies import Studies, label
+
+Family = Literal["estimator", "counterfactual", "baseline"]
+KINDS: Mapping[str, type[Any]] = {
+    "ridge": Ridge,
+    "paired_ls": PairedLS,
+    "gp": GP,
+    "reference": Reference,
+}
+BUDGETS = (1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20)  # design coalitions for each contributor
+
+
+@dataclass
+class Readings:
+    """The values of all studies, read from the ledger. `baselines`: by property, by name."""
+
+    job: Job
+    studies: Studies
+    removal: Study | None = None
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    _facts: dict[str, Facts] = field(default_factory=dict, init=False, repr=False)
+
+    def facts(self, study: Study) -> Facts:
+        """Return what the ledger holds of a study."""
+        if study.name not in self._facts:
+            self._facts[study.name] = Facts(self.job, list(self.job.evaluations(study)))
+        return self._facts[study.name]
+
+    def utilities(self, study: Study, prop: Property) -> dict[tuple[int, int], float]:
+        """Return v by (mask, replicate)."""
+        facts = self.facts(study)
+        return {
+            (planned.entry.coalition.mask, planned.entry.replicate): fact["value"]
+            for planned, run in facts.rows
+            if (fact := facts.values.get((run.key, prop.name))) is not None
+        }
+
+    def whole(self, study: Study, prop: Property, entries: Sequence[Entry]) -> bool:
+        """Return whether every one of a study's entries has its value."""
+        known = self.utilities(study, prop)
+        return all((e.coalition.mask, e.replicate) in known for e in entries)
+
+    def attribution(
+        self, estimator: Any, study: Study, prop: Property, budget: int | None = None
+    ) -> Attribution | None:
+        """Return an estimator's reading of a study, or of its first `budget` design entries.
+
+        None while values are missing.
+        """
+        entries, known = fitted(study, budget), self.utilities(study, prop)
+        if not entries or not self.whole(study, prop, entries):
+            return None
+        observations = [
+            Observation(
+                e.coalition, known[e.coalition.mask, e.replicate], e.role, e.pair, e.replicate
+            )
+            for e in entries
+        ]
+        try:
+            return estimator.estimate(observations, self.studies.n, self.job.surrogate(prop))
+        except AttrBatchError:  # too few rows for this estimator
+            return None
+
+    def seconds(self, study: Study, entries: Sequence[Entry] | None = None) -> float:
+        """Return worker seconds of a study's evaluations, or of some of its entries'."""
+        facts = self.facts(study)
+        wanted = None if entries is None else {(e.coalition.mask, e.replicate) for e in entries}
+        total = 0.0
+        for planned, run in facts.rows:
+            at = (planned.entry.coalition.mask, planned.entry.replicate)
+            if run.key in facts.derivations and (wanted is None or at in wanted):
+                total += sum(facts.derivations[run.key]["seconds"].values())
+                total += sum(
+                    fact["seconds"]
+                    for prop in self.job.spec.properties
+                    if (fact := facts.values.get((run.key, prop.name))) is not None
+                )
+        return total
+
+    def oracles(self, prop: Property) -> list[lds.Oracle]:
+        """Return the retrained coalitions, one set a size, and those of mixed sizes."""
+        section, studies = self.job.spec.validation, self.studies
+        known, found = self.utilities(studies.oracle, prop), []
+        for at, subsets in enumerate(section.subsets):
+            coalitions = studies.subsets(at)
+            v = [[known.get((c.mask, r), np.nan) for c in coalitions] for r in range(subsets.seeds)]
+            name = f"alpha={subsets.alpha:g}"
+            found.append(lds.Oracle(name, subsets.alpha, _members(coalitions), np.array(v)))
+        if section.reference:
+            known = self.utilities(studies.reference, prop)
+            design = [e.coalition for e in studies.reference.entries if e.role == "design"]
+            v = [[known.get((c.mask, 0), np.nan) for c in design]]
+            found.append(lds.Oracle("mixed", None, _members(design), np.array(v)))
+        return found
+
+    def reference(self, prop: Property) -> Attribution | None:
+        """Return the Shapley values of retraining, unshrunken, with their intervals."""
+        if not self.job.spec.validation.reference:
+            return None
+        return self.attribution(PairedLS(surrogate="none"), self.studies.reference, prop)
+
+
+def fitted(study: Study, budget: int | None = None) -> list[Entry]:
+    """Return the entries that an estimator is fitted to, of the first `budget` of the design.
+
+    Coalitions to compare models on (sequence `oracle`) are not; planned repeats come with the
+    coalitions that they repeat.
+    """
+    return [
+        e
+        for e in study.entries
+        if e.role != "holdout"
+        and e.sequence != "oracle"
+        and (budget is None or e.sequence == "endpoint" or e.index < budget)
+    ]
+
+
+def _members(coalitions: Sequence[Coalition]) -> Array:
+    n = coalitions[0].n
+    return np.array([[i in c for i in range(n)] for c in coalitions], dtype=np.float64)
+
+
+# -- every method's values ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """One method's values on each of its designs (designs, n), and what they took."""
+
+    name: str
+    family: Family
+    counterfactual: str | None
+    values: Array
+    evaluations: int = 0
+    seconds: float | None = None
+    collapsed: int | None = None
+
+
+def methods(readings: Readings, prop: Property) -> list[Values]:
+    """Return every method's values of a property, the job's own first; unfinished ones lack."""
+    job, studies = readings.job, readings.studies
+    own, section = job.spec.estimator, job.spec.validation
+    ours, retrained = label(job.spec.counterfactual), label(section.oracle)
+    found: list[Values | None] = [_estimated(readings, prop, own.kind, own, studies.designs)]
+    found += [
+        _estimated(readings, prop, kind, KINDS[kind](), studies.designs)
+        for kind in section.estimators
+        if kind != own.kind
+    ]
+    if studies.samplings:
+        title = "reference, own draws"
+        found.append(_estimated(readings, prop, title, Reference(), studies.samplings))
+    if job.surrogate(prop) is not None:
+        plain = own.model_copy(update={"surrogate": "none"})
+        title = f"{own.kind}, no surrogate"
+        found.append(_estimated(readings, prop, title, plain, studies.designs))
+    found += [
+        _estimated(readings, prop, f"{s.name}, {own.kind}", own, [s], "counterfactual")
+        for s in studies.rivals
+    ]
+    if section.reference:
+        title, design = f"{retrained}, {own.kind}", [studies.reference]
+        found.append(_estimated(readings, prop, title, own, design, "counterfactual"))
+    found.append(_left_out(readings, prop, "leave_one_out", ours, studies.left_out))
+    title = f"{retrained}, leave_one_out"
+    found.append(_left_out(readings, prop, title, retrained, studies.left_out_retrained))
+    found.append(_alone(readings, prop, ours, studies.alone))
+    return [*(method for method in found if method is not None), *_baselines(readings, prop)]
+
+
+def _estimated(
+    readings: Readings,
+    prop: Property,
+    name: str,
+    estimator: Any,
+    designs: Sequence[Study],
+    family: Family = "estimator",
+) -> Values | None:
+    found = [(d, a) for d in designs if (a := readings.attribution(estimator, d, prop))]
+    if not found:
+        return None
+    shrinks = estimator.kind == "ridge"
+    return Values(
+        name,
+        family,
+        label(designs[0].counterfactual),
+        np.array([attribution.values for _, attribution in found]),
+        evaluations=len({(e.coalition.mask, e.replicate) for e in fitted(found[0][0])}),
+        seconds=float(np.mean([readings.seconds(d, fitted(d)) for d, _ in found])),
+        collapsed=sum(a.collapsed for _, a in found) if shrinks else None,
+    )
+
+
+def _left_out(
+    readings: Readings, prop: Property, name: str, counterfactual: str, study: Study
+) -> Values | None:
+    """Return v(N) - v(N without i); the study's first entry is N."""
+    if not readings.whole(study, prop, study.entries):
+        return None
+    known = readings.utilities(study, prop)
+    full, *rest = [known[e.coalition.mask, 0] for e in study.entries]
+    values = full - np.array(rest)
+    seconds = readings.seconds(study)
+    return Values(name, "baseline", counterfactual, values[None], len(study.entries), seconds)
+
+
+def _alone(readings: Readings, prop: Property, counterfactual: str, study: Study) -> Values | None:
+    if not readings.whole(study, prop, study.entries):
+        return None
+    known = readings.utilities(study, prop)
+    values = np.array([known[e.coalition.mask, 0] for e in study.entries])
+    seconds = readings.seconds(study)
+    return Values("alone", "baseline", counterfactual, values[None], len(values), seconds)
+
+
+def _baselines(readings: Readings, prop: Property) -> Iterator[Values]:
+    surrogate = readings.job.surrogate(prop)
+    if surrogate is not None:
+        psi = control(surrogate, readings.studies.n).psi
+        yield Values("own images, shapley", "baseline", None, psi[None])
+    for name, found in readings.baselines.get(prop.name, {}).items():
+        values = np.array(found["scores"], dtype=np.float64)
+        yield Values(name, "baseline", None, values[None], seconds=found["seconds"])
+
+
+def ranks(readings: Readings, every: Sequence[Values]) -> dict[str, list[int]]:
+    """Return the contributors in descending order of value, by method of `removal.methods`."""
+    section = readings.job.spec.validation.removal
+    own = readings.job.spec.estimator.kind
+    wanted = {own if name == "estimator" else name for name in section.methods} if section else ()
+    return {
+        method.name: [int(i) for i in np.argsort(-method.values.mean(axis=0), kind="stable")]
+        for method in every
+        if method.name in wanted
+    }
+
+
+# -- validation.json ------------------------------------------------------------------------------
+
+
+def score(readings: Readings) -> Validation:
+    """Return validation.json of what is measured so far."""
+    job, spec = readings.job, readings.job.spec
+    studies = [*readings.studies, *([readings.removal] if readings.removal else [])]
+    done = {e.key: job.done(e) for study in studies for e in job.evaluations(study)}
+    with one_thread():
+        properties = [_property(readings, prop) for prop in spec.properties]
+    return {
+        "job": spec.name,
+        "spec_digest": job.spec_digest,
+        "version": __version__,
+        "contributors": list(job.card.roster.ids),
+        "oracle": label(spec.validation.oracle),
+        "complete": all(done.values()),
+        "done": sum(done.values()),
+        "planned": len(done),
+        "seconds": {study.name: readings.seconds(study) for study in studies},
+        "bootstrap": lds.DRAWS,
+        "properties": properties,
+        "provenance": {"trained model": job.dense_id, "pruned model": job.pruned_id},
+    }
+
+
+def to_bytes(validation: Validation) -> bytes:
+    """Return the file's content."""
+    text = json.dumps(validation, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _property(readings: Readings, prop: Property) -> PropertyValidation:
+    oracles, every = readings.oracles(prop), methods(readings, prop)
+    whole = [oracle.whole for oracle in oracles if oracle.enough]
+    draws = {o.name: lds.Draws.of(o, readings.job.spec.seed) for o in whole}
+    reference = readings.reference(prop)
+    everyone = Coalition.grand(readings.studies.n).mask
+    retrained = readings.utilities(readings.studies.left_out_retrained, prop)
+    full = retrained.get((everyone, 0))
+    return {
+        "name": prop.name,
+        "title": prop.title,
+        "unit": prop.unit,
+        "oracle": [_oracle_set(oracle, draws.get(oracle.name)) for oracle in oracles],
+        "methods": _judged(readings, every, whole, draws, reference),
+        "fidelity": list(_fidelity(readings, prop)),
+        "budget": list(_budget(readings, prop, whole, reference)),
+        "removal": list(_removal(readings, prop, full)),
+        "reference": _listed(reference and reference.ls_values),
+        "reference_low": _listed(reference and reference.low),
+        "reference_high": _listed(reference and reference.high),
+        "reference_reliability": _reliability(reference),
+        "v_full": full,
+    }
+
+
+def _listed(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else list(values)
+
+
+def _reliability(reference: Attribution | None) -> float | None:
+    """Return the share of the values' variance that is not their own noise."""
+    if reference is None or reference.se is None or reference.ls_values is None:
+        return None
+    spread, noise = np.var(reference.ls_values, ddof=1), np.mean(np.square(reference.se))
+    return float(max(0.0, 1 - noise / spread)) if spread > 0 else None
+
+
+def _oracle_set(oracle: lds.Oracle, draws: lds.Draws | None) -> OracleSet:
+    whole, nothing = oracle.whole, lds.interval(None, np.zeros(0))
+    known = oracle.v[np.isfinite(oracle.v)]
+    return {
+        "name": oracle.name,
+        "alpha": oracle.alpha,
+        "size": None if oracle.alpha is None else int(oracle.Z[0].sum()),
+        "subsets": whole.v.shape[1],
+        "planned": oracle.v.shape[1],
+        "seeds": len(whole.v),
+        "ceiling": lds.ceiling(whole, draws) if draws else nothing,
+        "additivity": lds.additivity(whole, draws) if draws else nothing,
+        "floor": lds.floor(whole) if draws else None,
+        "chance95": lds.chance95(max(3, whole.v.shape[1])),
+        "mean": float(known.mean()) if len(known) else None,
+        "sd": float(known.std(ddof=1)) if len(known) > 1 else None,
+    }
+
+
+def _judged(
+    readings: Readings,
+    every: Sequence[Values],
+    oracles: Sequence[lds.Oracle],
+    draws: Mapping[str, lds.Draws],
+    reference: Attribution | None,
+) -> list[Method]:
+    """Score every method on every set, and the lead of the first over it."""
+    scores = {
+        method.name: {
+            o.name: lds.lds(lds.subset_sums(list(method.values), o), o, draws[o.name])
+            for o in oracles
+        }
+        for method in every
+    }
+    first = scores[every[0].name] if every else {}
+    return [
+        {
+            "name": method.name,
+            "family": method.family,
+            "counterfactual": method.counterfactual,
+            "evaluations": method.evaluations,
+            "seconds": method.seconds,
+            "designs": len(method.values),
+            "collapsed": method.collapsed,
+            "values": [float(value) for value in method.values.mean(axis=0)],
+            "lds": {name: lds.interval(*found) for name, found in scores[method.name].items()},
+            "lead": {
+                name: lds.interval(first[name][0] - found, first[name][1] - sample)
+                for name, (found, sample) in scores[method.name].items()
+                if method is not every[0]
+            },
+            "agreement": _agreement(readings, method.values, reference),
+        }
+        for method in every
+    ]
+
+
+def _agreement(readings: Readings, values: Array, reference: Attribution | None) -> Estimate:
+    """Correlate with retraining's values; the interval has the reference's own noise in it."""
+    if reference is None or reference.ls_values is None:
+        return lds.interval(None, np.zeros(0))
+    target, noisy = np.array(reference.ls_values), np.zeros((0, len(reference.ls_values)))
+    if reference.se is not None:
+        rng = np.random.default_rng(readings.job.spec.seed)
+        noisy = target + rng.normal(size=(lds.DRAWS, len(target))) * np.array(reference.se)
+    return lds.agreement(values, target, noisy, readings.job.spec.seed)
+
+
+def _fidelity(readings: Readings, prop: Property) -> Iterator[Fidelity]:
+    """Compare v(S) of each counterfactual with retraining, coalition by coalition."""
+    studies, seed = readings.studies, readings.job.spec.seed
+    retrained: dict[int, list[float]] = {}
+    for (mask, _), value in readings.utilities(studies.oracle, prop).items():
+        retrained.setdefault(mask, []).append(value)
+    for study in (*studies.steps, *studies.rivals):
+        known = readings.utilities(study, prop)
+        masks = [c.mask for c in studies.compared if c.mask in retrained and (c.mask, 0) in known]
+        if not masks:
+            continue
+        x = np.array([known[mask, 0] for mask in masks])
+        y = np.array([float(np.mean(retrained[mask])) for mask in masks])
+        recipe = study.counterfactual.recipe()
+        seconds = [
+            sum(fact["seconds"].values())
+            for fact in readings.facts(study).derivations.values()
+            if fact["recipe"]["members"]
+        ]
+        yield {
+            "counterfactual": study.counterfactual.kind,
+            "steps": recipe.get("steps"),
+            "ema": recipe.get("ema"),
+            "coalitions": len(masks),
+            "pearson": lds.correlation(x, y, lds.pearson, seed),
+            "spearman": lds.spearman(x, y),
+            "rmse": float(np.sqrt(np.mean((x - y) ** 2))),
+            "bias": float(np.mean(x - y)),
+            "seconds": median(seconds) if seconds else None,
+        }
+
+
+def _budget(
+    readings: Readings,
+    prop: Property,
+    oracles: Sequence[lds.Oracle],
+    reference: Attribution | None,
+) -> Iterator[Budget]:
+    """Score prefixes of every design: what each further coalition buys."""
+    if not oracles:
+        return
+    studies, own = readings.studies, readings.job.spec.estimator
+    curves = [(own, studies.designs), (Reference(), studies.samplings)]
+    curves += [(own, [study]) for study in (*studies.steps, *studies.rivals)]
+    if readings.job.spec.validation.reference:
+        curves.append((own, [studies.reference]))
+    target = reference and reference.ls_values
+    for reader, designs in curves:
+        most = max((sum(e.sequence == "design" for e in d.entries) for d in designs), default=0)
+        for budget in (int(times * studies.n) // 2 * 2 for times in BUDGETS):
+            found = [a for d in designs if (a := readings.attribution(reader, d, prop, budget))]
+            if not 4 <= budget <= most or not found:
+                continue
+            values = [np.array(a.values) for a in found]
+            spent = [readings.seconds(d, fitted(d, budget)) for d in designs]
+            yield {
+                "counterfactual": label(designs[0].counterfactual),
+                "estimator": reader.kind,
+                "evaluations": budget,
+                "seconds": float(np.mean(spent)),
+                "lds": lds.lds(lds.subset_sums(values, oracles[0]), oracles[0])[0],
+                "agreement": target and lds.pearson(np.mean(values, axis=0), np.array(target)),
+            }
+
+
+def _removal(readings: Readings, prop: Property, full: float | None) -> Iterator[Removal]:
+    if readings.removal is None or full is None:
+        return
+    known = readings.utilities(readings.removal, prop)
+    headline = readings.job.spec.properties[0]
+    for name, order in ranks(readings, methods(readings, headline)).items():
+        for keeps, share, coalition in readings.studies.removals(order):
+            value = known.get((coalition.mask, 0))
+            if value is not None:
+                yield {
+                    "method": name,
+                    "keeps": keeps,
+                    "share": share,
+                    "contributors": coalition.size if keeps else coalition.n - coalition.size,
+                    "value": value,
+                    "change": (value - full) / abs(full) if full else 0.0,
+                }
