@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -55,6 +55,8 @@ class Training(Part):
     weight_decay: float = Field(default=0.01, ge=0)
     clip: PositiveFloat | None = Field(default=1.0, description="Largest norm of the gradient.")
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    ascends: ClassVar[bool] = False  # the loss, instead of descending it
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> Training:

@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import numpy as np
 
@@ -30,7 +30,16 @@ from attr_batch.recipe import derive_seed, digest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Ema", "TrainResult", "Training", "batch_indices", "to_unit", "train"]
+__all__ = [
+    "Checkpoint",
+    "Ema",
+    "Run",
+    "TrainResult",
+    "Training",
+    "batch_indices",
+    "to_unit",
+    "train",
+]
 
 LOSS_MEMORY = 0.98  # of the running loss that is shown: about the last 50 steps
 
@@ -43,24 +52,38 @@ class TrainResult:
     steps: int
 
 
+class Run(TypedDict, total=False):
+    """How a training is run: of these the seed alone changes what comes of it.
+
+    `device` is where the model is.
+    """
+
+    seed: Required[int]
+    checkpoint: Path | None
+    upkeep: log.Upkeep | None
+    device: str
+
+
 class Ema:
     """An exponential moving average of a module's weights: m <- d_i m + (1 - d_i) w.
 
     `short`, restarted for each coalition: d_i = min(.95, (1 + i)/(3 + i)), so that the weights
     it started from are forgotten within some 20 steps but training noise is averaged out.
-    `long`, the published one: d_i = min(.9999, 1 - (1 + i)^(-3/4)); its memory grows with the
-    training, and what is fine-tuned briefly on top of it hardly shows.
+    `long`, the published one: d_i = min(.9999, (1 + i)/(10 + i)); its memory grows with the
+    training, and of what it was after T steps (T/(T + k))^9 is left after k more.
+
+    Weights that are not trained have no average.
     """
 
     def __init__(self, module: torch.nn.Module, kind: Literal["short", "long"], i: int = 0) -> None:
         self.kind, self.i = kind, i
-        self.weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.weights = {name: p.detach().clone() for name, p in _trained(module).items()}
 
     def decay(self, i: int) -> float:
         """Return d_i, the share of the old average that the i-th update keeps."""
         if self.kind == "short":
             return min(0.95, (1 + i) / (3 + i))
-        return min(0.9999, 1 - (1 + i) ** -0.75)
+        return min(0.9999, (1 + i) / (10 + i))
 
     def update(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take one step of training into the average."""
@@ -76,8 +99,13 @@ class Ema:
         import torch
 
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
+            for name, parameter in _trained(module).items():
                 parameter.copy_(self.weights[name])
+
+
+def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the weights that a training changes: all but the frozen ones, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -147,7 +175,8 @@ def train(
 ) -> TrainResult:
     """Train `model` in place on uint8 `images` (count, channels, size, size).
 
-    Resumes from `checkpoint` where it exists; the caller deletes it when the result is safe.
+    Only weights that require a gradient are trained. Resumes from `checkpoint` where it exists; the
+    caller deletes it when the result is safe.
 
     Raises:
         Interrupted: `upkeep` said to stop; the checkpoint is written.
@@ -160,9 +189,13 @@ def train(
 
     upkeep = upkeep or log.Upkeep()
     model.to(device).train()
-    parameters = list(model.parameters())
+    parameters = list(_trained(model).values())
     optimizer = torch.optim.AdamW(
-        parameters, betas=training.betas, weight_decay=training.weight_decay, fused=True
+        parameters,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        maximize=training.ascends,
+        fused=True,
     )
     data = torch.tensor(images, device=device)  # copies: the caller may hold a read-only view
     slots = torch.arange(training.batch, device=device)
@@ -173,7 +206,13 @@ def train(
     start, running = 0, torch.zeros((), device=device)
     saved = None
     if checkpoint is not None:
-        saved = _Checkpoint(checkpoint, model, ema, images, schedule, training, seed)
+        how = {
+            "ema": None if ema is None else [ema.kind, ema.i],
+            "schedule": schedule.recipe(),
+            "training": training.recipe(),
+            "seed": seed,
+        }
+        saved = Checkpoint(checkpoint, model, images, how)
         state = saved.read()
         if state is not None:
             start = _restore(state, model, optimizer, ema)
@@ -183,7 +222,7 @@ def train(
     worker = model
     if training.precision == "bf16":
         worker = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
-    worker_parameters = list(worker.parameters())
+    worker_parameters = list(_trained(worker).values())
     drops = _drops(worker)
 
     figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
@@ -226,7 +265,7 @@ def train(
             figures = {"loss": _running_loss(running, done)}
             stopping = upkeep.stopping()
             if saved is not None and (stopping or done < training.steps):
-                saved.write(done, running, model, optimizer, ema)
+                saved.write(*_state(done, running, model, optimizer, ema))
             if stopping:
                 hint = "run the same command again: it goes on from the checkpoint"
                 raise Interrupted(f"stopped at step {done} of {training.steps}", None, hint)
@@ -247,62 +286,36 @@ def _running_loss(running: torch.Tensor, steps: int) -> float:
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-class _Checkpoint:
-    """A training's file on the way, which knows all that decides the training's outcome.
+class Checkpoint:
+    """The file of a work on the way, which knows all that decides the work's outcome.
 
-    Takes the weights the training starts from before its first step, but digests them only when
-    there is something to read or to write: most trainings end before that.
+    That is the model's weights as they are when this is made, the images, and the JSON-able `how`.
+    The weights are digested only when there is something to read or to write: most works end before
+    that.
     """
 
     def __init__(
-        self,
-        path: Path,
-        model: torch.nn.Module,
-        ema: Ema | None,
-        images: np.ndarray,
-        schedule: NoiseSchedule,
-        training: Training,
-        seed: int,
+        self, path: Path, model: torch.nn.Module, images: np.ndarray, how: dict[str, Any]
     ) -> None:
-        self.path, self._images = path, images
+        self.path, self._images, self._how = path, images, how
         self._start = {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in model.state_dict().items()
         }
-        self._rest = {
-            "ema": None if ema is None else [ema.kind, ema.i],
-            "schedule": schedule.recipe(),
-            "training": training.recipe(),
-            "seed": seed,
-        }
 
     @functools.cached_property
     def identity(self) -> str:
-        """The digest by which the training knows its checkpoint."""
+        """The digest by which the work knows its checkpoint."""
         start = hashlib.sha256()
         for name, tensor in self._start.items():
             start.update(f"{name} {tuple(tensor.shape)}".encode())
             start.update(tensor.numpy().tobytes())
         images = [list(self._images.shape), digest(self._images.tobytes())]
-        return digest({"images": images, "start": start.hexdigest(), **self._rest})
+        return digest({"images": images, "start": start.hexdigest(), **self._how})
 
-    def write(
-        self,
-        step: int,
-        running: torch.Tensor,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: Ema | None,
-    ) -> None:
-        """Write the state after `step` steps, whole or not at all."""
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
-        if ema is not None:
-            tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
-        updates = None if ema is None else ema.i
-        metadata = {"identity": self.identity, "step": step, "ema": updates}
-        write_safetensors(self.path, {**tensors, "running": running}, metadata)
+    def write(self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Write how far the work is, whole or not at all."""
+        write_safetensors(self.path, tensors, {"identity": self.identity, **metadata})
 
     def read(self) -> tuple[dict[str, torch.Tensor], Any] | None:
         """Return the tensors and metadata; None where there are none that can be read."""
@@ -311,12 +324,29 @@ class _Checkpoint:
         try:
             tensors, metadata = read_safetensors(self.path)
         except DataError as error:
-            log.warn(f"checkpoint ignored, the training starts over: {error}")
+            log.warn(f"checkpoint ignored, it starts over: {error}")
             return None
         if not isinstance(metadata, dict) or metadata.get("identity") != self.identity:
             hint = "delete the file, or work in another folder"
             raise DataError("is the checkpoint of another training", str(self.path), hint)
         return tensors, metadata
+
+
+def _state(
+    step: int,
+    running: torch.Tensor,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return a training's tensors and metadata after `step` steps."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.weights.items()}
+    updates = None if ema is None else ema.i
+    return {**tensors, "running": running}, {"step": step, "ema": updates}
 
 
 def _restore(

@@ -216,7 +216,7 @@ def test_references_are_what_was_written(base):
 
 
 def test_weights_are_read_once_and_every_module_is_one_of_its_own(base, monkeypatch):
-    from attr_batch import counterfactual
+    from attr_batch.counterfactual import prepared
 
     def from_disk(start, folder):
         module = base.fresh(start, 9)
@@ -225,7 +225,7 @@ def test_weights_are_read_once_and_every_module_is_one_of_its_own(base, monkeypa
 
     read = []
     monkeypatch.setattr(
-        counterfactual, "load_weights", lambda *a: read.append(a[1].name) or load_weights(*a)
+        prepared, "load_weights", lambda *a: read.append(a[1].name) or load_weights(*a)
     )
     anew = load_base(MODEL, base.dense, base.pruned, 1, 4)
     for start, folder in (("dense", base.dense), ("pruned", base.pruned)):

@@ -1,14 +1,4 @@
-"""The model a coalition alone would give: how to get it (`derive`), and from where (`Base`).
-
-The paper's sparsified fine-tuning (Eq. 6) trains the pruned model for k steps on the coalition's
-data; `Finetune` does so with the dense model and `Retrain` from nothing, the definition itself and
-the most expensive. A further method (LoRA, gradient ascent, influence unlearning) is one more class
-with `kind`, `start`, `check` and `derive`, and one more name in the union `Counterfactual`.
-
-The published system samples from a long-running average of the weights, much of which still
-predates the coalition's data after k steps. Here an average that forgets within some 20 steps is
-restarted for each coalition; `ema: continued` is the published one, kept to show its lag.
-"""
+"""What all coalitions start from: the trained model and the pruned one, each in its folder."""
 
 from __future__ import annotations
 
@@ -17,13 +7,12 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
 
 from attr_batch import log
-from attr_batch.errors import DataError, SpecError
+from attr_batch.errors import DataError
 from attr_batch.models import (
     Model,
     Training,
@@ -34,7 +23,7 @@ from attr_batch.models import (
     write_safetensors,
 )
 from attr_batch.pruning import Pruning, PruningPlan, count_macs, count_parameters
-from attr_batch.recipe import Part, derive_seed
+from attr_batch.recipe import derive_seed
 from attr_batch.training import Ema, train
 
 if TYPE_CHECKING:
@@ -48,7 +37,7 @@ Subject = Literal["trained", "pruned", "untrained"]
 
 @dataclass(frozen=True)
 class Base:
-    """What all coalitions start from: the trained model and the pruned one, each in its folder."""
+    """The trained model and the pruned one, for coalitions to start from."""
 
     model: Model
     dense: Path
@@ -110,147 +99,7 @@ class Base:
         return (self.pruned if start == "pruned" else self.dense) / f"{start}.safetensors"
 
 
-# -- the counterfactuals ---------------------------------------------------------------------------
-
-
-class _Finetuning(Training):
-    """k = `steps` of training on the coalition's images, from trained weights."""
-
-    start: ClassVar[Start]
-    unlearns: ClassVar[bool] = False
-
-    steps: PositiveInt = Field(default=100, description="The paper's k.")
-    warmup: int = Field(default=0, ge=0)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    ema: Literal["restarted", "raw", "continued"] = Field(
-        default="restarted",
-        description="Weights to sample from: an average restarted for the coalition, the last "
-        "ones, or the published average that continues the base's.",
-    )
-
-    def check(self, model: Model) -> None:
-        """Raise SpecError if this cannot be done with `model`: never."""
-
-    def derive(
-        self,
-        base: Base,
-        images: np.ndarray,
-        removed: np.ndarray | None = None,  # noqa: ARG002
-        *,
-        seed: int,
-        checkpoint: Path | None = None,
-        upkeep: log.Upkeep | None = None,
-        device: str = "cpu",
-    ) -> torch.nn.Module:
-        """Return the model of the coalition whose uint8 images these are, ready to sample from.
-
-        Without images it is the untrained network. Errors are those of `training.train`.
-        """
-        if len(images) == 0:
-            return base.fresh(self.start, seed).to(device)
-        module = base.module(self.start).to(device)
-        ema = None
-        if self.ema == "restarted":
-            ema = Ema(module, "short")
-        elif self.ema == "continued":
-            ema = base.long_ema(self.start, module)
-        train(
-            module,
-            images,
-            base.schedule,
-            self,
-            seed=seed,
-            ema=ema,
-            checkpoint=checkpoint,
-            upkeep=upkeep,
-            device=device,
-        )
-        if ema is not None:
-            ema.copy_to(module)
-        return module
-
-
-class SparsifiedFinetune(_Finetuning):
-    """Fine-tune the pruned model on the coalition's images: the paper's method."""
-
-    start = "pruned"
-    kind: Literal["sparsified_finetune"] = "sparsified_finetune"
-
-
-class Finetune(_Finetuning):
-    """Fine-tune the dense model on the coalition's images."""
-
-    start = "dense"
-    kind: Literal["finetune"] = "finetune"
-
-
-class Retrain(Part):
-    """Train the dense architecture from nothing on the coalition's images: the definition itself.
-
-    As the model itself was trained, unless `training` says otherwise.
-    """
-
-    start: ClassVar[Start] = "fresh"
-    unlearns: ClassVar[bool] = False
-
-    kind: Literal["retrain"] = "retrain"
-    training: Training | None = None
-    ema: Literal["restarted", "raw"] = Field(
-        default="raw",
-        description="Weights to sample from: the last ones, or an average of late ones.",
-    )
-
-    def check(self, model: Model) -> None:
-        """Raise SpecError if it is not said how to train."""
-        self._training(model)
-
-    def derive(
-        self,
-        base: Base,
-        images: np.ndarray,
-        removed: np.ndarray | None = None,  # noqa: ARG002
-        *,
-        seed: int,
-        checkpoint: Path | None = None,
-        upkeep: log.Upkeep | None = None,
-        device: str = "cpu",
-    ) -> torch.nn.Module:
-        """Return the model of the coalition whose uint8 images these are, ready to sample from.
-
-        Without images it is the untrained network. Errors are those of `training.train`.
-        """
-        training = self._training(base.model)
-        module = base.fresh(self.start, seed).to(device)
-        if len(images) == 0:
-            return module
-        ema = Ema(module, "short") if self.ema == "restarted" else None
-        train(
-            module,
-            images,
-            base.schedule,
-            training,
-            seed=seed,
-            ema=ema,
-            checkpoint=checkpoint,
-            upkeep=upkeep,
-            device=device,
-        )
-        if ema is not None:
-            ema.copy_to(module)
-        return module
-
-    def _training(self, model: Model) -> Training:
-        training = self.training or model.training
-        if training is None:
-            hint = "say how to train: counterfactual: {kind: retrain, training: {steps: ...}}"
-            raise SpecError("retraining a model used as it is", "counterfactual.training", hint)
-        return training
-
-
-Counterfactual = Annotated[SparsifiedFinetune | Finetune | Retrain, Field(discriminator="kind")]
-
-
-# -- what all coalitions start from ----------------------------------------------------------------
+# -- making it ----------------------------------------------------------------------------------
 
 
 def prepare_dense(
