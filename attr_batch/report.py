@@ -206,6 +206,11 @@ def table(attribution: Mapping[str, Any], names: Mapping[str, str] | None = None
             f"v(empty) {number(attribution['v_empty'], digits)}   "
             f"v(full) {number(attribution['v_full'], digits)}",
             *(
+                [textwrap.fill(upper(stopped), WIDTH)]
+                if (stopped := _stopping(attribution))
+                else []
+            ),
+            *(
                 textwrap.fill(f"! {what}: {why}", WIDTH, subsequent_indent="  ")
                 for what, why in marks(attribution)
             ),
@@ -266,7 +271,26 @@ def _lead(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
         f'<p class="lead">What each of {len(attribution["contributors"])} contributors adds to '
         f"<b>{safe(facts['title'])}</b> (a higher value means {safe(facts['higher_means'])}).</p>"
         f"<p>A contributor's value is {safe(meaning)}.{total}</p>"
+        + (f"<p>{safe(upper(stopped))}.</p>" if (stopped := _stopping(attribution)) else "")
     )
+
+
+def _stopping(attribution: Mapping[str, Any]) -> str:
+    """Say why a job with a target measured so many coalitions; '' without a target."""
+    at = attribution.get("stopping")
+    if not at:
+        return ""
+    digits = decimals(attribution["contributors"]) + 1
+    target = f"the target of {number(at['target'], digits)}"
+    if at["half_width"] is None:
+        width = "there is no reliable interval yet"
+    else:
+        width = f"the mean half-width of the intervals is {number(at['half_width'], digits)}"
+    if at["reached"]:
+        return f"stopped after {at['batches']} of {at['planned']} batches: {width}, within {target}"
+    if at["batches"] == at["planned"]:
+        return f"the budget ended first: {width}, {target} was not reached"
+    return f"at batch {at['batches']} of at most {at['planned']}: {target} is not reached"
 
 
 def _marks(attribution: Mapping[str, Any], provisional: bool) -> str:
