@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     add_job("status", _status, "show what is done, running, failed and waiting", True)
     report = add_job("report", _report, "write attribution and report from the ledger", True)
     report.add_argument("--provisional", action="store_true", help="although some are missing")
+    validate = add_job(
+        "validate", _validate, "judge the attribution by models that are really retrained", True
+    )
+    validate.add_argument("--shard", metavar="I/N", help="do the I-th of N parts (from 0)")
+    validate.add_argument(
+        "--provisional", action="store_true", help="evaluate nothing, report what there is"
+    )
     add_job("sync", _sync, "make or complete the MLflow mirror", False)
     repair = add_job(
         "repair", _repair, "put damaged files aside so that a run can remake them", True
@@ -197,6 +204,22 @@ def _show_results(job: Any, attribution: dict[str, Any], arguments: argparse.Nam
         _print_json(attribution)
     else:
         print(summary(job, attribution, arguments.provisional))
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from attr_batch.validate import validate
+    from attr_batch.validation_report import table
+
+    shard, shards = _shard(arguments.shard)
+    job = _open(arguments)
+    found = validate(job, shard, shards, arguments.provisional)
+    if found is None:
+        return
+    if arguments.json:
+        _print_json(found)
+    else:
+        print(table(found))
+        print(f"report: {job.ledger.store.path(f'{job.report_name}/validation.html')}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

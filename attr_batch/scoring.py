@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from attr_batch import __version__, lds
 from attr_batch.coalition import Coalition
 from attr_batch.errors import AttrBatchError
-from attr_batch.estimators import GP, Attribution, Entry, Observation, PairedLS, Reference, Ridge
+from attr_batch.estimators import Attribution, Entry, Estimator, Observation, PairedLS, Reference
 from attr_batch.estimators.regression import Array
 from attr_batch.estimators.surrogate import control
 from attr_batch.evidence import (
@@ -37,12 +37,7 @@ from attr_batch.properties import Property
 from attr_batch.studies import Studies, label
 
 Family = Literal["estimator", "counterfactual", "baseline"]
-KINDS: Mapping[str, type[Any]] = {
-    "ridge": Ridge,
-    "paired_ls": PairedLS,
-    "gp": GP,
-    "reference": Reference,
-}
+_READER = TypeAdapter(Estimator)
 BUDGETS = (1, 1.5, 2, 3, 4, 6, 8, 10, 15, 20)  # design coalitions for each contributor
 
 
@@ -179,7 +174,7 @@ def methods(readings: Readings, prop: Property) -> list[Values]:
     ours, retrained = label(job.spec.counterfactual), label(section.oracle)
     found: list[Values | None] = [_estimated(readings, prop, own.kind, own, studies.designs)]
     found += [
-        _estimated(readings, prop, kind, KINDS[kind](), studies.designs)
+        _estimated(readings, prop, kind, _READER.validate_python({"kind": kind}), studies.designs)
         for kind in section.estimators
         if kind != own.kind
     ]
@@ -451,7 +446,8 @@ def _budget(
         return
     studies, own = readings.studies, readings.job.spec.estimator
     curves = [(own, studies.designs), (Reference(), studies.samplings)]
-    curves += [(own, [study]) for study in (*studies.steps, *studies.rivals)]
+    others = [s for s in studies.steps if s.counterfactual != studies.spec.counterfactual]
+    curves += [(own, [study]) for study in (*others, *studies.rivals)]
     if readings.job.spec.validation.reference:
         curves.append((own, [studies.reference]))
     target = reference and reference.ls_values

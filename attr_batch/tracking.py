@@ -35,9 +35,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attr_batch import report
+from attr_batch import report, validation_report
 from attr_batch.errors import SpecError, StoreError
-from attr_batch.evidence import Cost, Evidence
+from attr_batch.evidence import Cost, Evidence, Validation
 from attr_batch.log import warn
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Snapshot:
 
     `digests` are the content digests of the data by data set name; `roster` the contributor ids in
     order; `progress` counts coalitions {done, failed, waiting, ...}; `attribution`, `evidence` and
-    `cost` are those of the report, None until there is one.
+    `cost` are those of the report, None until there is one; `validation` is validation.json.
     """
 
     spec: Mapping[str, Any]
@@ -93,6 +93,7 @@ class Snapshot:
     attribution: Mapping[str, Any] | None = None
     evidence: Evidence | None = None
     cost: Cost | None = None
+    validation: Validation | None = None
 
 
 def pseudonym(key: bytes, contributor_id: str) -> str:
@@ -183,7 +184,12 @@ class Pseudonyms:
             children=[replace(c, metrics=self._named(c.metrics)) for c in snapshot.children],
             attribution=snapshot.attribution and self._attribution(snapshot.attribution),
             evidence=snapshot.evidence and self._evidence(snapshot.evidence),
+            validation=snapshot.validation and self._validation(snapshot.validation),
         )
+
+    def _validation(self, validation: Validation) -> Validation:
+        ids = self._ids(validation["contributors"])
+        return {**self.free(validation), "contributors": ids}
 
     def _ids(self, names: Iterable[str]) -> list[str]:
         return [self._names[name] for name in names]
@@ -592,6 +598,9 @@ def _metrics(snapshot: Snapshot) -> dict[str, float]:
             "shrinkage_slope": a["shrinkage_slope"],
         }
         metrics |= {f"{a['property']}/{name}": value for name, value in found.items()}
+    for judged in (snapshot.validation or {"properties": []})["properties"]:
+        for name, lds in judged["methods"][0]["lds"].items() if judged["methods"] else ():
+            metrics[f"{judged['name']}/lds {name}"] = lds["value"]
     if snapshot.cost is not None:
         metrics |= {f"seconds/{phase}": s for phase, s in snapshot.cost["seconds"].items()}
     return {_key(name): float(value) for name, value in metrics.items() if value is not None}
@@ -610,6 +619,11 @@ def _artifacts(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
     yield "coalitions.json", _json({"columns": head, "data": rows})
     yield "coalitions.csv", _csv(head, rows)
     yield "roster.json", _json(list(snapshot.roster))
+    if snapshot.validation is not None:
+        yield "validation/validation.json", _json(snapshot.validation)
+        yield "validation/index.html", _bytes(validation_report.page(snapshot.validation))
+        for name, svg in validation_report.figures(snapshot.validation).items():
+            yield f"validation/{name}.svg", _bytes(svg)
     if snapshot.attribution is None:
         return
     yield "attribution.json", _json(snapshot.attribution)

@@ -21,33 +21,31 @@ from attr_batch.log import Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import RECIPE_VERSION, digest
 from attr_batch.results import Mirror
-from attr_batch.spec import JobSpec
+from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
 from attr_batch.studies import Studies, label
 from attr_batch.validation_report import page
-from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
 
 Scores = dict[str, dict[str, dict[str, Any]]]  # by property, by baseline: scores and seconds
 
 
 def validate(
-    spec: JobSpec, shard: int = 0, shards: int = 1, provisional: bool = False
+    job: Job, shard: int = 0, shards: int = 1, provisional: bool = False
 ) -> Validation | None:
     """Evaluate whatever is missing of a validation, write its report, return validation.json.
 
     None where other shards have work left. `provisional`: evaluate nothing, report what there is.
     Errors are those of `runner.run`.
     """
-    job = Job(spec)
-    studies = Studies(spec, len(job.card.roster))
+    studies = Studies(job.spec, len(job.card.roster))
     if not provisional:
         if runner.run(job, shard, shards) is None:
             return None
         if not _evaluate(job, list(studies), shard, shards) or not _score_baselines(job, shard):
             return None
     removal = _removal(Readings(job, studies))
-    if removal is not None and not provisional:
-        if not _evaluate(job, [*studies, removal], shard, shards):
-            return None
+    second = removal is not None and not provisional
+    if second and not _evaluate(job, [*studies, removal], shard, shards):
+        return None
     return publish(Readings(job, studies, removal, scores(job)))
 
 
@@ -77,7 +75,8 @@ def publish(readings: Readings) -> Validation:
     job = readings.job
     job.ledger.store.replace(f"{job.report_name}/validation.json", to_bytes(found))
     job.ledger.store.replace(f"{job.report_name}/validation.html", page(found).encode())
-    Mirror(job).end("FINISHED")
+    attribution = job.ledger.store.read(f"{job.report_name}/attribution.json")
+    Mirror(job).end("FINISHED", attribution and json.loads(attribution))
     return found
 
 

@@ -1,0 +1,203 @@
+"""A validation of a game whose values are known: what it must say of each method."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import games
+import numpy as np
+import played
+import pytest
+from conftest import TINY
+
+from attr_batch.job import Evaluation, Job
+from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
+from attr_batch.spec import validate
+from attr_batch.studies import ORACLE, Studies, label
+from attr_batch.validation_report import figures, markdown, page, table
+
+N = 8
+GAME = games.linear(N, 1)
+SECTIONS = {
+    "data": {"kind": "digits", "contributors": [str(d) for d in range(N)]},
+    "properties": [{"kind": "call", "target": "games:coverage", "name": "game"}],  # never called
+    "estimator": {"kind": "ridge", "budget": 40, "holdout": 4, "endpoint_replicates": 2},
+    "validation": {
+        "subsets": [
+            {"alpha": 0.5, "count": 40, "seeds": 2},
+            {"alpha": 0.25, "count": 10, "seeds": 1},
+        ],
+        "reference": 40,
+        "designs": 2,
+        "counterfactuals": [{"kind": "finetune", "steps": 7}],
+        "steps": {"coalitions": 12, "steps": [2, 3], "ema": ["restarted", "raw"]},
+    },
+}
+
+
+def utility(evaluation: Evaluation) -> float:
+    """v(S), exact when retrained; the job's own way to it is noisier with fewer steps."""
+    v = float(GAME.v([evaluation.entry.coalition.mask])[0])
+    study = evaluation.study
+    if study.streams == ORACLE:
+        noise = 0.02
+    else:
+        noise = {2: 0.6, 3: 0.1, 7: 0.05}[study.counterfactual.recipe()["steps"]]
+    rng = np.random.default_rng(int(evaluation.key[:12], 16))
+    return v + noise * GAME.sd() * rng.normal()
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory: pytest.TempPathFactory) -> Readings:
+    """A finished validation; who changes nothing may share it."""
+    store = tmp_path_factory.mktemp("validation") / "store"
+    job = Job(validate({**TINY, **SECTIONS, "store": str(store)}))
+    studies = Studies(job.spec, N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)  # a thousand small files
+        played.prepare(job)
+        played.publish(job, job.plan, utility)
+        for study in studies:
+            played.publish(job, job.evaluations(study), utility)
+        found = Readings(job, studies)
+        order = ranks(found, methods(found, job.spec.properties[0]))
+        found.removal = studies.removal(order)
+        played.publish(job, job.evaluations(found.removal), utility)
+    found.baselines = {"game": {"image count": {"scores": [1.0] * N, "seconds": 0.5}}}
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(readings: Readings) -> Any:
+    """What the finished validation says of its property."""
+    validation = score(readings)
+    assert validation["complete"]
+    (found,) = validation["properties"]
+    return found
+
+
+def test_a_validation_of_an_additive_game_says_what_is_true_of_it(found):
+    at_half, at_quarter, mixed = found["oracle"]
+    assert (at_half["size"], at_quarter["size"], mixed["size"]) == (4, 2, None)
+    assert at_half["ceiling"]["value"] > 0.98
+    assert at_half["additivity"]["value"] > 0.97
+    assert at_half["floor"] == 0
+    by_name = {method["name"]: method for method in found["methods"]}
+    own = by_name["ridge"]
+    assert found["methods"][0] is own
+    assert own["lds"]["alpha=0.5"]["value"] > 0.95
+    assert own["agreement"]["value"] > 0.95
+    assert np.allclose(own["values"], GAME.shapley(), atol=0.3 * np.abs(GAME.shapley()).max())
+    assert found["reference_reliability"] > 0.95
+    assert np.allclose(found["reference"], GAME.shapley(), atol=0.1)
+    # In an additive game everyone adds the same to everyone: these know all there is to know.
+    assert by_name["leave_one_out"]["lds"]["alpha=0.5"]["value"] > 0.8
+    assert by_name["alone"]["lds"]["alpha=0.5"]["value"] > 0.8
+    assert by_name["image count"]["lds"]["alpha=0.5"]["value"] == 0
+    lead = by_name["image count"]["lead"]["alpha=0.5"]
+    assert lead["value"] == own["lds"]["alpha=0.5"]["value"]
+    assert 0 < lead["low"] <= lead["value"] <= lead["high"]
+
+
+def test_evaluations_and_seconds_are_those_of_the_design(readings, found):
+    by_name = {method["name"]: method for method in found["methods"]}
+    entries = [e for e in readings.studies.designs[0].entries if e.role != "holdout"]
+    distinct = {(e.coalition.mask, e.replicate) for e in entries}
+    assert by_name["ridge"]["evaluations"] == len(distinct)
+    assert by_name["ridge"]["seconds"] == 3.0 * len(distinct)
+    assert by_name["leave_one_out"]["evaluations"] == N + 1
+    assert by_name["ridge"]["designs"] == 2
+
+
+def test_fidelity_rises_with_the_steps(found):
+    by_steps = {
+        (row["counterfactual"], row["steps"], row["ema"]): row["pearson"]["value"]
+        for row in found["fidelity"]
+    }
+    assert set(by_steps) == {
+        ("sparsified_finetune", 2, "restarted"),
+        ("sparsified_finetune", 3, "restarted"),
+        ("sparsified_finetune", 2, "raw"),
+        ("sparsified_finetune", 3, "raw"),
+        ("finetune", 7, "restarted"),
+    }
+    kind = "sparsified_finetune"
+    assert by_steps[kind, 2, "restarted"] < by_steps[kind, 3, "restarted"] > 0.95
+
+
+def test_more_coalitions_buy_a_better_score(found):
+    own = [
+        row
+        for row in found["budget"]
+        if row["estimator"] == "ridge" and row["counterfactual"].startswith("sparsified")
+    ]
+    curve = [row for row in own if row["counterfactual"] == own[0]["counterfactual"]]
+    assert [row["evaluations"] for row in curve] == [8, 12, 16, 24, 32]
+    assert curve[-1]["lds"] > curve[0]["lds"]
+    assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
+
+
+def test_removing_the_first_ranked_takes_away_what_they_are_worth(found):
+    removed = [r for r in found["removal"] if r["method"] == "ridge" and not r["keeps"]]
+    best = np.sort(GAME.shapley())[::-1]
+    for row in removed:
+        lost = best[: row["contributors"]].sum()
+        assert row["value"] == pytest.approx(found["v_full"] - lost, abs=0.2)
+    kept = [r for r in found["removal"] if r["method"] == "ridge" and r["keeps"]]
+    assert [r["contributors"] for r in kept] == [7, 7, 6, 5, 4]
+
+
+def test_an_unfinished_validation_reports_what_there_is(tiny):
+    job = tiny(**SECTIONS)
+    studies = Studies(job.spec, N)
+    played.prepare(job)
+    played.publish(job, job.plan, utility)
+    nothing = score(Readings(job, studies))
+    assert not nothing["complete"]
+    assert nothing["done"] < nothing["planned"]
+    some = list(job.evaluations(studies.oracle))[:25]
+    played.publish(job, some, utility)
+    (found,) = score(Readings(job, studies))["properties"]
+    assert found["oracle"][0]["subsets"] == 25
+    assert found["oracle"][0]["ceiling"]["value"] is None
+    assert found["methods"][0]["designs"] == 1
+    for validation in (nothing, score(Readings(job, studies))):
+        assert page(validation)
+        assert table(validation)
+        assert markdown(validation)
+        assert all(svg.startswith("<svg") for svg in figures(validation).values())
+
+
+def test_the_same_facts_give_the_same_bytes(readings):
+    again = Readings(Job(readings.job.spec), readings.studies, readings.removal, readings.baselines)
+    assert to_bytes(score(readings)) == to_bytes(score(again))
+    assert json.loads(to_bytes(score(again)))["job"] == "tiny"
+
+
+def test_retraining_shares_no_noise_with_the_job_nor_between_its_seeds(tiny):
+    job = tiny(**SECTIONS)
+    studies = Studies(job.spec, N)
+    oracle = list(job.evaluations(studies.oracle))
+    first, second = oracle[0], oracle[40]
+    assert first.entry.coalition == second.entry.coalition
+    seeds = {"seed", "sampling_seed"}
+    assert all(first.recipe[name] != second.recipe[name] for name in seeds)
+    assert all(e.recipe[name] != job.plan[0].recipe[name] for e in oracle for name in seeds)
+
+
+def test_a_validation_changes_nothing_of_the_job(tiny):
+    plain, validated = tiny(), tiny(validation=SECTIONS["validation"])
+    assert plain.spec_digest == validated.spec_digest
+    assert [e.key for e in plain.plan] == [e.key for e in validated.plan]
+    wider = Job(validated.spec, list(Studies(validated.spec, 10)))
+    assert [e.key for e in wider.plan] == [e.key for e in plain.plan]
+
+
+def test_labels_tell_apart_what_differs(tiny):
+    studies = Studies(tiny(**SECTIONS).spec, N)
+    names = [study.name for study in studies]
+    assert len(names) == len(set(names))
+    assert label(studies.rivals[0].counterfactual) == "finetune, 7 steps"
+    assert label(studies.steps[-1].counterfactual) == "sparsified finetune, 3 steps, ema raw"
