@@ -20,13 +20,13 @@ from attr_batch.estimators.regression import (
     Array,
     Rows,
     Sandwich,
-    exact,
     orthonormal,
     paired_least_squares,
     predict,
     row_weights,
     size_columns,
 )
+from attr_batch.estimators.semivalue import Semivalue, exact, size_weights
 
 PAIRS_PER_CONTRIBUTOR = 2.5  # with fewer, few degrees of freedom are left to judge the spread
 _FEWEST_HELD_OUT = 3
@@ -91,7 +91,7 @@ class SurrogateUse:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shapley values of n contributors from `used` observations, by the estimator named.
+    """Values of n contributors by a semivalue from `used` observations, by the estimator named.
 
     `se`, `low`, `high` are None where there is too little evidence (n pairs or fewer), `ls_values`
     where the rows do not determine them. `delta_se` is the standard error of v(N) - v(∅), zero
@@ -118,6 +118,7 @@ class Attribution:
     fading_share: float = 0.0
     collapsed: bool = False
     surrogate: SurrogateUse | None = None
+    semivalue: Semivalue = "shapley"
 
     @property
     def n(self) -> int:
@@ -126,15 +127,19 @@ class Attribution:
 
     @property
     def efficiency_gap(self) -> float:
-        """Sum of the values less v(N) - v(∅): zero but for rounding."""
+        """Sum of the values less v(N) - v(∅): rounding, but for semivalues that do not share it."""
         return float(np.sum(self.values)) - (self.v_full - self.v_empty)
 
     @property
     def shares(self) -> tuple[float, ...] | None:
-        """Value / sum; None where the sum may be zero (two standard errors) or signs differ."""
+        """Value / sum; None where the sum may be zero (two standard errors) or signs differ.
+
+        None but for Shapley values: the others do not share v(N) - v(∅) out.
+        """
         total = float(np.sum(self.values))
         signs = {value > 0 for value in self.values if value}
-        if abs(total) <= 2 * self.delta_se or len(signs) != 1:
+        unclear = abs(total) <= 2 * self.delta_se or len(signs) != 1
+        if unclear or self.semivalue != "shapley":
             return None
         return tuple(value / total for value in self.values)
 
@@ -203,7 +208,7 @@ class Attribution:
         names = ("id", "value", "ls_value", "se", "low", "high", "share", "images", "digest")
         noise, check, use = self.noise, self.holdout, self.surrogate
         return {
-            "semivalue": "shapley",
+            "semivalue": self.semivalue,
             "estimator": self.estimator,
             "v_empty": self.v_empty,
             "v_full": self.v_full,
@@ -244,13 +249,14 @@ def attribute(
     collapsed: bool = False,
     weight: float = 0.0,
     sandwich: Sandwich = "hc2",
+    semivalue: Semivalue = "shapley",
 ) -> Attribution:
     """Add to the values phi (n,) the interval of paired least squares and the holdout check.
 
     `weight` is the surrogate's b in phi; `collapsed` says that no effects were found beyond it.
     """
     rows, noise = evidence.rows, evidence.noise
-    ls_values, se, delta_se, interval = _interval(rows, noise, confidence, sandwich)
+    ls_values, se, delta_se, interval = _interval(rows, noise, confidence, sandwich, semivalue)
     reach = _reach(confidence, interval.df) if se is not None else 0.0
     return Attribution(
         estimator=estimator,
@@ -273,6 +279,7 @@ def attribute(
         fading_share=fading_share,
         collapsed=collapsed and not weight,
         surrogate=_use(rows, weight, collapsed),
+        semivalue=semivalue,
     )
 
 
@@ -300,19 +307,25 @@ def _use(rows: Rows, weight: float, collapsed: bool) -> SurrogateUse | None:
 
 
 def _interval(
-    rows: Rows, noise: Noise, confidence: float, sandwich: Sandwich
+    rows: Rows, noise: Noise, confidence: float, sandwich: Sandwich, semivalue: Semivalue
 ) -> tuple[Array | None, Array | None, float, Interval]:
     """Return the least-squares values, their standard errors, that of v(N) - v(∅), and how."""
     n = rows.n
-    if rows.complete:
+    measured = exact(rows, semivalue)
+    if measured is not None:
         # Nothing was sampled: what is left is the noise of the measurements themselves.
-        values, unit = exact(rows)
+        values, unit = measured
         reliable = noise.repeats_df >= _FEWEST_REPEATS
         variance, df = noise.repeats if reliable else noise.pooled
         interval = Interval(_REPLICATES, confidence, df, rows.pairs, reliable)
-        ends = sum(_end_variances(noise, variance))
-        se = None if variance is None else np.sqrt(unit * variance + ends / n**2)
-        return values, se, ends**0.5, interval
+        empty, full = _end_variances(noise, variance)
+        p = size_weights(semivalue, n)
+        ends = p[0] ** 2 * empty + p[-1] ** 2 * full
+        se = None if variance is None else np.sqrt(unit * variance + ends)
+        return values, se, (empty + full) ** 0.5, interval
+    if semivalue != "shapley":  # what least squares estimates is the Shapley value
+        delta_se = sum(_end_variances(noise, noise.pooled[0])) ** 0.5
+        return None, None, delta_se, Interval("none", confidence, 0, rows.pairs, False)
     fit = paired_least_squares(rows, sandwich)
     values = fit.phi if fit.determined else None
     enough = fit.determined and fit.variance is not None and rows.pairs > n
