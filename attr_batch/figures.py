@@ -614,7 +614,7 @@ def _svg(
     size = f'viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" height="{_n(height)}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" {size}>'
-        f"<title>{_safe(title)}</title><desc>{_safe(described)}</desc><style>{style}</style>"
+        f"<title>{_safe(visible(title))}</title><desc>{_safe(described)}</desc><style>{style}</style>"
         f'<rect class="paper" width="100%" height="100%"/>{"".join(marks)}</svg>'
     )
 

@@ -69,14 +69,11 @@ def value_rows(prop: PropertyValidation, contributors: Sequence[str]) -> list[di
     head = headline(prop)
     if head is None or not head["values"]:
         return []
-    nothing = [None] * len(contributors)
-    columns = (
-        contributors,
-        head["values"],
-        prop["reference"] or nothing,
-        prop["reference_low"] or nothing,
-        prop["reference_high"] or nothing,
-    )
+    retrained = [[None] * len(contributors)] * 3
+    if prop["reference"] is not None:
+        given = (prop["reference"], prop["reference_low"], prop["reference_high"])
+        retrained = [column or empty for column, empty in zip(given, retrained, strict=True)]
+    columns = (contributors, head["values"], *retrained)
     keys = ("id", "value", "ls_value", "low", "high")
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -223,12 +223,12 @@ def _values(prop: PropertyValidation, contributors: Sequence[str], drawn: dict[s
         )
         text = (
             "The Shapley values of the retrained models themselves, from coalitions of all sizes. "
-            f"{safe(upper(head['name']))} correlates with them by "
+            f"Pearson's correlation of {safe(head['name'])} with them is "
             f"{with_interval(head['agreement'])}."
         )
         if prop["reference_reliability"] is not None:
             share = number(prop["reference_reliability"], 2)
-            text += f" They are noisy too: of their spread a share of {share} is no noise."
+            text += f" They are noisy too: {share} of their spread is not noise."
     digits = decimals(rows)
     listed = [
         _Row(
@@ -321,7 +321,7 @@ def _removal(prop: PropertyValidation, drawn: dict[str, str]) -> str:
     text = (
         "<p>The contributors that a method ranks first are left out and the model is retrained: "
         "the better the ranking, the further the property falls. Or they alone are kept: the "
-        "better the ranking, the less it falls. Changes are relative to retraining on "
+        "better the ranking, the higher it stays. Changes are relative to retraining on "
         f"everything{full}.</p>"
     )
     keys = ["removed: lower is better", "kept: higher is better"]

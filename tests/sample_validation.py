@@ -74,7 +74,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _around(value: float, half: float) -> Estimate:
-    return Estimate(value=value, low=value - 1.2 * half, high=value + 0.6 * half)
+    return Estimate(value=value, low=value - 1.2 * half, high=min(1.0, value + half))
 
 
 def _property(
