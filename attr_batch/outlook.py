@@ -6,11 +6,14 @@ Everything is derived from the files of the ledger at the moment of asking; noth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 from attr_batch.errors import AttrBatchError
+from attr_batch.estimators import Attribution
+from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
+from attr_batch.facts import Facts
 from attr_batch.job import Evaluation, Job
-from attr_batch.results import Facts, attributions
 
 # Which sections of the resolved spec each kind of thing depends on.
 _MODEL = ("recipe_version", "numerics", "seed", "data", "model")
@@ -26,12 +29,12 @@ DEPENDS = {
 
 def status(job: Job) -> dict[str, Any]:
     """Return counts by state, what runs now, what failed, seconds spent and expected."""
-    rows = [(e, state(job, e)) for e in job.plan]
+    facts = Facts(job)
+    rows = [(planned, state(job, planned)) for planned, _ in facts.rows]
     counts: dict[str, int] = dict.fromkeys(("done", "running", "failed", "waiting"), 0)
     for _, name in rows:
         counts[name] += 1
     left = sum(counts[name] for name in ("running", "failed", "waiting"))
-    facts = Facts(job)
     per_evaluation = facts.seconds_per_evaluation
     return {
         "name": job.spec.name,
@@ -40,6 +43,7 @@ def status(job: Job) -> dict[str, Any]:
         "numerics": job.numerics,
         "bases": {"trained": _thing(job, job.dense_id), "pruned": _thing(job, job.pruned_id)},
         "evaluations": {"planned": len(rows), **counts},
+        "stopping": _stopping(facts),
         "running": list(_running(job)),
         "failed": [_failure(job, e) for e, name in rows if name == "failed"],
         "seconds_spent": sum(facts.seconds_spent().values()),
@@ -55,6 +59,10 @@ def state(job: Job, evaluation: Evaluation) -> str:
     if job.ledger.heartbeat(evaluation.key) is not None:
         return "running"
     return "failed" if job.ledger.failure(evaluation.key) else "waiting"
+
+
+def _stopping(facts: Facts) -> dict[str, Any] | None:
+    return None if facts.stopping is None else facts.stopping.to_json()
 
 
 def _running(job: Job) -> Iterator[dict[str, Any]]:
@@ -84,9 +92,15 @@ def _thing(job: Job, thing_id: str) -> dict[str, Any]:
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Return what a run would do, what is reused, and which paths of the spec made the rest new."""
-    done = {e.key: job.done(e) for e in job.plan}
-    missing = [e for e in job.plan if not done[e.key]]
+    """Return what a run would do, what is reused, and which paths of the spec made the rest new.
+
+    With a target that is not reached yet this is the whole budget: what a run does at most.
+    """
+    facts = Facts(job)
+    over = facts.stopping is not None and facts.stopping.reached
+    planned = [planned for planned, _ in facts.rows] if over else job.plan
+    done = {e.key: job.done(e) for e in planned}
+    missing = [e for e in planned if not done[e.key]]
     kept = [e for e in missing if _samples_kept(job, e)]
     things = {
         "trained model": job.ledger.thing("bases", job.dense_id) is not None,
@@ -96,7 +110,6 @@ def plan(job: Job) -> dict[str, Any]:
             for thing_id, instrument in job.instruments.items()
         },
     }
-    facts = Facts(job)
     per_evaluation = facts.seconds_per_evaluation
     new = len(missing) - len(kept)
     return {
@@ -112,11 +125,11 @@ def plan(job: Job) -> dict[str, Any]:
                 "done": done[e.key],
                 "key": e.key,
             }
-            for e in job.plan
+            for e in planned
         ],
         "evaluations": {
-            "planned": len(job.plan),
-            "reused": len(job.plan) - len(missing),
+            "planned": len(planned),
+            "reused": len(planned) - len(missing),
             "only measured": len(kept),
             "new": new,
         },
@@ -125,6 +138,7 @@ def plan(job: Job) -> dict[str, Any]:
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else new * per_evaluation / job.workers,
         "bytes_expected": new * _bytes_per_evaluation(job),
+        "stopping": _stopping(facts),
         "half_width": _predicted_half_width(facts),
     }
 
@@ -143,17 +157,38 @@ def _bytes_per_evaluation(job: Job) -> int:
 
 
 def _predicted_half_width(facts: Facts) -> dict[str, Any] | None:
-    """Predict the headline's mean half-width at the planned budget from what is done so far."""
+    """Predict the headline's mean half-width at the budget, and the budget for the target.
+
+    From what has values so far; None while that has no interval.
+    """
+    job, headline = facts.job, facts.job.spec.properties[0]
     try:
-        found = attributions(facts, provisional=True)[0]
+        found = facts.estimate(headline)
     except AttrBatchError:
         return None
-    widths = [c["high"] - c["low"] for c in found["contributors"] if c["low"] is not None]
-    used, planned = found["coalitions"]["used"], found["coalitions"]["planned"]
-    if not widths or not used:
+    if found.half_width is None:
         return None
-    now = sum(widths) / len(widths) / 2
-    return {"property": found["property"], "now": now, "at_budget": now * (used / planned) ** 0.5}
+    return {
+        "property": headline.name,
+        "now": found.half_width,
+        "reliable": found.interval.reliable,
+        "at_budget": found.half_width_at(_planned_pairs(job)),
+        "target": job.target,
+        "budget_for_target": _budget_for_target(job, found),
+    }
+
+
+def _budget_for_target(job: Job, found: Attribution) -> int | None:
+    pairs = None if job.target is None else found.pairs_for(job.target)
+    if pairs is None:
+        return None
+    reliable, every = ceil(PAIRS_PER_CONTRIBUTOR * found.n), (1 << found.n) - 2
+    return min(2 * max(pairs, reliable), every)
+
+
+def _planned_pairs(job: Job) -> int:
+    design = {e.entry.coalition for e in job.plan if e.entry.role == "design"}
+    return sum(coalition.complement() in design for coalition in design) // 2
 
 
 def reasons(job: Job) -> dict[str, Any]:
@@ -242,14 +277,35 @@ def plan_text(facts: dict[str, Any]) -> str:
         + ("unknown before the first evaluation" if seconds is None else f"about {seconds:.0f} s")
         + f", disk about {facts['bytes_expected'] / 1e6:.1f} MB"
     )
-    if width is not None:
-        lines.append(
-            f"interval     {width['property']}: mean half-width {width['now']:.3g} now, about "
-            f"{width['at_budget']:.3g} when complete"
-        )
-    else:
-        lines.append("interval     unknown before some evaluations are done")
+    lines += [
+        f"{'interval' if k == 0 else '':<13}{text}" for k, text in enumerate(_width_text(width))
+    ]
+    if facts["stopping"] is not None:
+        lines.append(f"target       {_stopping_text(facts['stopping'])}")
     return "\n".join(lines)
+
+
+def _width_text(width: dict[str, Any] | None) -> list[str]:
+    if width is None:
+        return ["unknown before more evaluations are done"]
+    rough = "" if width["reliable"] else " (rough: too few pairs)"
+    at_budget = "unknown" if width["at_budget"] is None else f"about {width['at_budget']:.3g}"
+    lines = [
+        f"{width['property']}: mean half-width {width['now']:.3g} now{rough}, {at_budget} when the "
+        "budget is spent"
+    ]
+    if width["target"] is not None:
+        budget = width["budget_for_target"]
+        needs = f"a budget of about {budget}" if budget else "more estimator.endpoint_replicates"
+        lines.append(f"the target of {width['target']:.3g} needs {needs}")
+    return lines
+
+
+def _stopping_text(at: dict[str, Any]) -> str:
+    if at["reached"]:
+        return f"reached after {at['batches']} of {at['planned']} batches: the rest is not needed"
+    width = "" if at["half_width"] is None else f", mean half-width {at['half_width']:.3g}"
+    return f"{at['target']:.3g}, at batch {at['batches']} of at most {at['planned']}{width}"
 
 
 def status_text(facts: dict[str, Any]) -> str:
@@ -264,6 +320,8 @@ def status_text(facts: dict[str, Any]) -> str:
         f"{'evaluations':<14}{e['done']} of {e['planned']} done, {e['running']} running, "
         f"{e['failed']} failed, {e['waiting']} waiting"
     )
+    if facts["stopping"] is not None:
+        lines.append(f"{'target':<14}{_stopping_text(facts['stopping'])}")
     for item in facts["running"]:
         steps = f" {item['done']}/{item['total']}" if item["total"] else ""
         lines.append(f"  running  {item['what']}{steps}  (process {item['pid']} on {item['host']})")

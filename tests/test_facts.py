@@ -177,6 +177,35 @@ def test_the_report_says_why_it_stopped(opened):
         assert phrase in results.summary(job, found, False)
 
 
+# -- what plan and status say ---------------------------------------------------------------------
+
+
+def test_plan_predicts_the_width_for_the_budget_and_the_budget_for_the_target(opened):
+    job = opened(target_half_width=0.015)
+    assert outlook.plan(job)["half_width"] is None
+    assert "unknown before" in outlook.plan_text(outlook.plan(job))
+    publish(job, [e for batch in job.batches[:REACHED] for e in batch])
+    found = outlook.plan(job)
+    expected = half_widths(job)
+    width = found["half_width"]
+    assert width["now"] == pytest.approx(expected[REACHED - 1])
+    assert width["at_budget"] == pytest.approx(expected[-1], rel=0.2)
+    assert found["evaluations"]["planned"] == len(job.plan)
+    assert 56 < width["budget_for_target"] <= 62  # 62 is every coalition
+    assert f"a budget of about {width['budget_for_target']}" in outlook.plan_text(found)
+    assert "batch 6 of at most 7" in outlook.status_text(outlook.status(job))
+
+
+def test_a_reached_target_plans_nothing_more(opened):
+    job = opened()
+    publish(job, [e for batch in job.batches[:REACHED] for e in batch])
+    found = outlook.plan(job)
+    assert found["evaluations"]["new"] == 0
+    assert found["evaluations"]["planned"] == sum(map(len, job.batches[:REACHED]))
+    assert "reached after 5 of 7 batches" in outlook.plan_text(found)
+    assert outlook.status(job)["evaluations"]["waiting"] == 0
+
+
 # -- failures -------------------------------------------------------------------------------------
 
 
