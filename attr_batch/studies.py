@@ -38,14 +38,14 @@ class Studies:
     n: int
 
     def __iter__(self) -> Iterator[Study]:
-        """Yield all that is known before any value is: what decides first."""
-        yield self.oracle
-        yield from self.designs[1:]
-        yield from self.samplings
+        """Yield all that is known before any value is: what costs least first."""
         yield self.left_out
         yield self.alone
+        yield from self.designs[1:]
+        yield from self.samplings
         yield from self.steps
         yield from self.rivals
+        yield self.oracle
         yield self.left_out_retrained
         if self.spec.validation.reference:
             yield self.reference
