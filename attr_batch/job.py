@@ -21,7 +21,9 @@ from attr_batch.counterfactual import Counterfactual
 from attr_batch.data import Dataset
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
 from attr_batch.estimators import Entry, Role
+from attr_batch.estimators.continued import continued
 from attr_batch.ledger import Ledger, seal
+from attr_batch.predecessor import Predecessor, find
 from attr_batch.properties import Instrument, Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
 from attr_batch.spec import JobSpec
@@ -159,6 +161,7 @@ class Job:
         images = sum(c.images for c in self.card.roster.contributors)
         checks = [
             self._check_roster,
+            self._check_continues,
             lambda: self.spec.model.check(self.card.channels, self.card.size),
             self._check_base,
             lambda: self.spec.counterfactual.check(self.spec.model),
@@ -184,6 +187,13 @@ class Job:
     def _check_roster(self) -> None:
         if len(self.card.roster) < 2:
             raise SpecError("one contributor: there is nothing to share out", "data")
+
+    def _check_continues(self) -> None:
+        if self.predecessor is None:
+            return
+        if any(e.entry.role == "design" and e.entry.pair is None for e in self.plan):
+            what = f"kind {self.spec.estimator.kind} does not measure complement pairs"
+            raise SpecError(what, "estimator.continues", "kind: ridge does")
 
     def _check_base(self) -> None:
         if self.spec.model.base is None:
@@ -359,8 +369,19 @@ class Job:
     def plan(self) -> tuple[Evaluation, ...]:
         """Every evaluation of the attribution, in the order in which results are read."""
         n = len(self.card.roster)
-        study = Study("", tuple(self.spec.estimator.plan(n)), self.spec.counterfactual)
+        entries, before = self.spec.estimator.plan(n), self.predecessor
+        if before is not None:
+            entries = continued(entries, before.shared, before.known)
+        study = Study("", tuple(entries), self.spec.counterfactual)
         return (*self.evaluations(study), *self._references(n, study))
+
+    @cached_property
+    def predecessor(self) -> Predecessor | None:
+        """The job with other contributors that this one continues."""
+        prefix = getattr(self.spec.estimator, "continues", None)
+        if prefix is None:
+            return None
+        return find(self.ledger, prefix, self.card.roster, self.numerics)
 
     @property
     def target(self) -> float | None:
@@ -463,8 +484,13 @@ class Job:
             "properties": {prop.name: prop.recipe() for prop in spec.properties},
             "order": [prop.name for prop in spec.properties],
             "endpoints": spec.endpoints,
-            "estimator": spec.estimator.recipe(),
+            "estimator": self._estimator_recipe(),
         }
+
+    def _estimator_recipe(self) -> dict[str, Any]:
+        """Return the estimator's recipe; what it continues by its whole digest, however given."""
+        recipe, before = self.spec.estimator.recipe(), self.predecessor
+        return recipe if before is None else {**recipe, "continues": before.spec}
 
     @cached_property
     def spec_digest(self) -> str:

@@ -38,7 +38,7 @@ def continued(
     given: set[int] = set()
     found: list[Entry] = []
     for entry in entries:
-        if entry.sequence != "design" or entry.replicate:
+        if entry.pair is None or entry.replicate:
             found.append(entry)
             continue
         if entry.index % 2:  # the complement of the one before
