@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     design.add_argument("--players", type=int, required=True, metavar="N", help="contributors")
     design.add_argument("--budget", type=int, metavar="M", help="number of design evaluations")
     design.add_argument("--estimator", default="ridge", metavar="KIND")
+    design.add_argument("--semivalue", metavar="KIND", help="leave_one_out takes n with exact")
     design.add_argument("--seed", type=int, metavar="S")
     design.add_argument("--json", action="store_true", help="print JSON instead of CSV")
 
@@ -131,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("values", metavar="VALUES.csv", help="columns coalition, value, ...")
     attribute.add_argument("--players", type=int, metavar="N", help="needed for 0x coalitions")
     attribute.add_argument("--estimator", default="ridge", metavar="KIND")
-    attribute.add_argument("--semivalue", default="shapley", metavar="KIND")
+    attribute.add_argument(
+        "--semivalue",
+        metavar="KIND",
+        help="shapley (default); banzhaf and leave_one_out with gp and exact",
+    )
     attribute.add_argument("--confidence", type=float, default=0.95, metavar="C")
     attribute.add_argument("--seed", type=int, metavar="S")
     attribute.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -346,7 +351,8 @@ def _estimator(kind: str, **options: Any) -> Any:
 def _design(arguments: argparse.Namespace) -> None:
     from attr_batch.table import write_design
 
-    estimator = _estimator(arguments.estimator, seed=arguments.seed, budget=arguments.budget)
+    given = {name: getattr(arguments, name) for name in ("seed", "budget", "semivalue")}
+    estimator = _estimator(arguments.estimator, **given)
     entries = estimator.plan(arguments.players)
     if arguments.json:
         _print_json([{**vars(e), "coalition": str(e.coalition)} for e in entries])
@@ -358,9 +364,9 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from attr_batch.report import table
     from attr_batch.results import attribute
 
-    given = {"confidence": arguments.confidence, "seed": arguments.seed}
+    given = {name: getattr(arguments, name) for name in ("confidence", "seed", "semivalue")}
     estimator = _estimator(arguments.estimator, **given)
-    found = attribute(arguments.values, estimator, arguments.semivalue, arguments.players)
+    found = attribute(arguments.values, estimator, arguments.players)
     _print_json(found) if arguments.json else print(table(found))
 
 

@@ -400,15 +400,10 @@ def _in_brief(attribution: dict[str, Any]) -> str:
 # -- values computed elsewhere --------------------------------------------------------------------
 
 
-def attribute(
-    path: str | Path, estimator: Any, semivalue: str, players: int | None
-) -> dict[str, Any]:
+def attribute(path: str | Path, estimator: Any, players: int | None) -> dict[str, Any]:
     """Return the attribution of utilities in a CSV file."""
-    from attr_batch.errors import SpecError
     from attr_batch.table import read_values
 
-    if semivalue != "shapley":
-        raise SpecError(f"got {semivalue!r}, wanted shapley", "--semivalue")
     observations, n = read_values(path, players)
     with one_thread():
         found = estimator.estimate(observations, n)
@@ -504,6 +499,7 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
                 seconds=None if derivation is None else sum(derivation["seconds"].values()),
             )
     cost = job.ledger.store.read(f"{job.report_name}/cost.json")
+    validation = job.ledger.store.read(f"{job.report_name}/validation.json")
     return Snapshot(
         spec={"name": job.spec.name, **job.content},
         spec_digest=job.spec_digest,
@@ -519,6 +515,7 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
         attribution=attribution,
         evidence=None if attribution is None else evidence(facts, attribution),
         cost=None if attribution is None else _cost(facts, cost),
+        validation=None if validation is None else json.loads(validation),
     )
 
 

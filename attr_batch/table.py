@@ -21,7 +21,7 @@ from attr_batch.estimators.design import check_players
 
 DESIGN_COLUMNS = ("row", "coalition", "pair", "batch", "role")
 _KNOWN = (*DESIGN_COLUMNS, "value", "replicate", "weight")
-_ROLES = ("", "endpoint", "empty", "grand", "design", "holdout")
+_ROLES = ("", "endpoint", "empty", "grand", "design", "repeat", "holdout")
 _FEWEST_COALITIONS = 2
 _LARGEST_VALUE = 1e100  # its square and sums of it are still finite
 _WEIGHTS = (1e-6, 1e6)
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[0-9]+([.,][0-9]+)?([eE][+-]?[0-9]+)?")
 
 
 def write_design(entries: Iterable[Entry], stream: TextIO) -> None:
-    """Write one line an entry: row,coalition,pair,batch,role (endpoint, design or holdout)."""
+    """Write one line an entry; its role is endpoint, design, repeat or holdout."""
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(DESIGN_COLUMNS)
     for row, entry in enumerate(entries):
@@ -184,14 +184,14 @@ def _role(
 ) -> Role | None:
     """Return the role: the coalition says whether it is an endpoint, the cell whether held out."""
     if text not in _ROLES:
-        wanted = "endpoint, design or holdout"
+        wanted = "endpoint, design, repeat or holdout"
         problems.append(Problem(f"role {text!r}, wanted {wanted}", where))
         return None
     if coalition is None:
         return None
     ends: dict[int, Role] = {0: "empty", coalition.n: "grand"}
     end = ends.get(coalition.size)
-    allowed = ("", "endpoint", end) if end else ("", "design", "holdout")
+    allowed = ("", "endpoint", end) if end else ("", "design", "repeat", "holdout")
     if text not in allowed:
         kind = f"the {end} coalition" if end else "neither empty nor grand"
         problems.append(Problem(f"role {text!r}, but {coalition} is {kind}", where))

@@ -152,7 +152,7 @@ def test_a_broken_file_is_explained(tmp_path, text, what):
     [
         ("110,1,endpoint,1,0,0", "neither empty nor grand"),
         ("000,1,holdout,1,0,0", "the empty coalition"),
-        ("110,1,hold-out,1,0,0", "wanted endpoint, design or holdout"),
+        ("110,1,hold-out,1,0,0", "wanted endpoint, design, repeat or holdout"),
         ("110,1,design,0,0,0", "wanted 1e-06 to 1e+06"),
         ("110,1,design,1e300,0,0", "weight 1e+300, wanted"),
         ("110,1,design,1e-320,0,0", "weight 9.99989e-321, wanted"),

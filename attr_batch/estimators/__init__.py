@@ -1,23 +1,32 @@
 """Estimators: each is a design (which coalitions to measure) and its reading.
 
 `plan(n)` and `estimate(observations, n)` belong to one object, so a mismatched pair cannot be
-written. `ridge` and `paired_ls` read the same design: switching between them measures nothing anew.
-`reference` is the paper's Eq. 5 as published, kept for comparison; `exact` is the definition.
+written. `ridge`, `paired_ls` and `gp` read the same design: switching between them measures nothing
+anew. `permutation` has one of its own. `reference` is the paper's Eq. 5 as published, kept for
+comparison; `exact` is the definition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from attr_batch.errors import IncompleteDesign, SpecError
 from attr_batch.estimators import design, regression
-from attr_batch.estimators.attribution import Attribution, attribute
-from attr_batch.estimators.design import Entry, Role
+from attr_batch.estimators.attribution import (
+    PAIRS_PER_CONTRIBUTOR,
+    Attribution,
+    attribute,
+    with_interval,
+)
+from attr_batch.estimators.design import Entry, Role, Sizes
+from attr_batch.estimators.gp import gaussian_process
 from attr_batch.estimators.observations import Observation, gather
+from attr_batch.estimators.permutation import permutation_means
 from attr_batch.estimators.ridge import ridge
+from attr_batch.estimators.semivalue import Semivalue, exact
 from attr_batch.estimators.surrogate import Surrogate
 from attr_batch.recipe import Part
 
@@ -26,16 +35,36 @@ __all__ = [
     "Entry",
     "Estimator",
     "Exact",
+    "GaussianProcess",
     "Observation",
     "PairedLS",
+    "Permutation",
     "Reference",
     "Ridge",
     "Role",
+    "Semivalue",
     "Surrogate",
 ]
 
 Confidence = Annotated[float, Field(gt=0, lt=1)]
 _EXACT_LIMIT = 16
+_FEWEST_ORDERS = 10  # fewer say little of how much orders differ
+
+
+def _shapley_only(semivalue: Any) -> Any:
+    if semivalue in get_args(Semivalue) and semivalue != "shapley":
+        raise ValueError(f"this estimator reads shapley only; exact and gp read {semivalue}")
+    return semivalue
+
+
+ShapleyOnly = Annotated[Literal["shapley"], BeforeValidator(_shapley_only)]
+Control = Annotated[
+    Literal["data", "none"],
+    Field(
+        description="data: the property of the coalition's own images as a control variate, where "
+        "that can be measured."
+    ),
+]
 
 
 class _Budgeted(Part):
@@ -46,14 +75,15 @@ class _Budgeted(Part):
     without a value. `target_half_width`, in the headline property's unit: stop after the first
     batch at which the mean half-width of its intervals is no wider; the budget is the upper limit.
     `continues`: digest, or its beginning, of an earlier job's spec with other contributors, whose
-    coalitions stand in for those of the design that they are exchangeable with.
+    coalitions stand in for those of the design that they are exchangeable with. `repeats`: the
+    share of the design that is measured twice, which tells the noise; it comes on top.
     """
 
     budget: int | None = Field(None, ge=2, le=200_000)
     seed: int = 0
     confidence: Confidence = 0.95
-    interval: regression.Sandwich = "hc2"
     holdout: int = Field(12, ge=0, le=10_000)
+    repeats: float = Field(0.0, ge=0, le=1)
     endpoint_replicates: int = Field(4, ge=1, le=100)
     max_failed: int = Field(0, ge=0)
     target_half_width: float | None = Field(None, gt=0)
@@ -69,30 +99,59 @@ class _Budgeted(Part):
         return budget
 
     def _design(self, n: int) -> Iterator[Entry]:
-        return design.paired(n, self.seed)
+        raise NotImplementedError
+
+    def _default_budget(self, n: int) -> int:
+        return min(6 * n, (1 << n) - 2)
 
     def plan(self, n: int) -> list[Entry]:
-        """Return endpoints, the design's first `budget` entries, holdout, for n contributors.
+        """Return endpoints, the design's first `budget` entries, repeats, holdout.
 
-        A larger budget only adds coalitions; with `reference` some may move from the holdout, which
-        goes on in its sequence, to the design. Where the design needs nearly all coalitions there
-        is less to hold out. SpecError below two contributors.
+        A larger budget only adds coalitions; with `reference` and `permutation` some may move from
+        the holdout, which goes on in its sequence, to the design. Where the design needs nearly all
+        coalitions there is less to hold out. SpecError below two contributors.
         """
         design.check_players(n)
-        chosen = design.prefix(self._design(n), self.budget or min(6 * n, (1 << n) - 2))
+        chosen = design.prefix(self._design(n), self.budget or self._default_budget(n))
         taken = {entry.coalition for entry in chosen}
         held = (e for e in design.holdout(n, self.seed) if e.coalition not in taken)
         return [
             *design.endpoints(n, self.endpoint_replicates),
             *chosen,
+            *design.repeats(chosen, self.repeats),
             *design.prefix(held, self.holdout),
         ]
+
+
+class _Paired(_Budgeted):
+    """What reads the paired design.
+
+    `sizes`: of the coalitions, by the Shapley kernel, uniform, or by the kernel in a window of
+    shares of n, symmetric since a coalition comes with its complement.
+    """
+
+    sizes: Sizes = "kernel"
+    surrogate: Control = "data"
+
+    @field_validator("sizes")
+    @classmethod
+    def _symmetric(cls, sizes: Sizes) -> Sizes:
+        if isinstance(sizes, tuple):
+            low, high = sizes
+            if not 0 <= low < 0.5 or abs(low + high - 1) > 1e-9:
+                raise ValueError("a window is [x, 1 - x] with x from 0 to below 0.5, as [0.2, 0.8]")
+        return sizes
+
+    def _design(self, n: int) -> Iterator[Entry]:
+        return design.paired(n, self.seed, self.sizes)
 
 
 class Reference(_Budgeted):
     """The paper's own: independent draws by the Shapley kernel and the closed form of Eq. 5."""
 
     kind: Literal["reference"] = "reference"
+    interval: regression.Sandwich = "hc2"
+    semivalue: ShapleyOnly = "shapley"
 
     def _design(self, n: int) -> Iterator[Entry]:
         return design.independent(n, self.seed)
@@ -109,22 +168,24 @@ class Reference(_Budgeted):
         return attribute(self.kind, evidence, self.confidence, phi, sandwich=self.interval)
 
 
-class PairedLS(_Budgeted):
+class PairedLS(_Paired):
     """Least squares on differences of complement pairs: unshrunken, the one with the interval.
 
     Where the pairs do not determine all values, the smallest deviation from the equal split.
     """
 
     kind: Literal["paired_ls"] = "paired_ls"
+    interval: regression.Sandwich = "hc2"
+    semivalue: ShapleyOnly = "shapley"
 
     def estimate(
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n, surrogate)
-        if evidence.rows.complete:
-            phi, _ = regression.exact(evidence.rows)
-            return attribute(self.kind, evidence, self.confidence, phi, sandwich=self.interval)
+        measured = exact(evidence.rows, "shapley")
+        if measured is not None:
+            return attribute(self.kind, evidence, self.confidence, measured[0])
         fit = regression.paired_least_squares(evidence.rows)
         return attribute(
             self.kind,
@@ -136,7 +197,7 @@ class PairedLS(_Budgeted):
         )
 
 
-class Ridge(_Budgeted):
+class Ridge(_Paired):
     """Ridge toward the equal split with size columns; lambda by REML. The default.
 
     The best of those measured at every budget (docs/method.md); it ranks better than it
@@ -144,22 +205,17 @@ class Ridge(_Budgeted):
     """
 
     kind: Literal["ridge"] = "ridge"
+    interval: regression.Sandwich = "hc2"
+    semivalue: ShapleyOnly = "shapley"
 
     def estimate(
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
         evidence = gather(observations, n, surrogate)
-        if evidence.rows.complete:
-            phi, _ = regression.exact(evidence.rows)
-            return attribute(
-                self.kind,
-                evidence,
-                self.confidence,
-                phi,
-                shrinkage_slope=1.0,
-                sandwich=self.interval,
-            )
+        measured = exact(evidence.rows, "shapley")
+        if measured is not None:
+            return attribute(self.kind, evidence, self.confidence, measured[0], shrinkage_slope=1.0)
         fit = ridge(evidence.rows)
         return attribute(
             self.kind,
@@ -177,24 +233,84 @@ class Ridge(_Budgeted):
         )
 
 
-class Exact(Part):
-    """The definition, from all 2^n coalitions (n <= 16). It has no budget, seed or holdout."""
+class GaussianProcess(_Paired):
+    """The posterior mean of a Gaussian process on coalitions; reads every semivalue.
 
-    kind: Literal["exact"] = "exact"
-    confidence: Confidence = 0.95
-    endpoint_replicates: int = Field(4, ge=1, le=100)
-    max_failed: Literal[0] = 0
+    The interval is the posterior's, so it is as good as the model. With every coalition measured it
+    is `exact`. A surrogate helps Shapley values only.
+    """
+
+    kind: Literal["gp"] = "gp"
+    semivalue: Semivalue = "shapley"
+
+    def estimate(
+        self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
+    ) -> Attribution:
+        """Return the values. DataError where an endpoint or the design has no value."""
+        evidence = gather(observations, n, surrogate if self.semivalue == "shapley" else None)
+        rows = evidence.rows
+        measured = exact(rows, self.semivalue) if rows.complete else None
+        if measured is not None:
+            return attribute(
+                self.kind,
+                evidence,
+                self.confidence,
+                measured[0],
+                shrinkage_slope=1.0,
+                semivalue=self.semivalue,
+            )
+        fit = gaussian_process(rows, self.semivalue)
+        found = attribute(
+            self.kind,
+            evidence,
+            self.confidence,
+            fit.phi,
+            shrinkage_slope=fit.slope,
+            columns=fit.columns,
+            collapsed=fit.collapsed,
+            weight=fit.weight,
+            semivalue=self.semivalue,
+        )
+        return with_interval(
+            found,
+            "gp-posterior",
+            None if fit.collapsed else fit.variance,
+            fit.df,
+            not fit.collapsed and rows.pairs >= PAIRS_PER_CONTRIBUTOR * n,
+            by_empty=fit.by_empty,
+            by_full=fit.by_full,
+            residual=fit.residual,
+        )
+
+
+class Permutation(_Budgeted):
+    """Mean gains over antithetic permutations: unshrunken, and free of any model.
+
+    A permutation takes 2 (n-1) evaluations with its reverse. One that the budget cuts is not read
+    until the budget grows.
+    """
+
+    kind: Literal["permutation"] = "permutation"
+    semivalue: ShapleyOnly = "shapley"
+
+    def _design(self, n: int) -> Iterator[Entry]:
+        return design.permutations(n, self.seed)
+
+    def _default_budget(self, n: int) -> int:
+        return min(6 * (n - 1), (1 << n) - 2)
 
     def plan(self, n: int) -> list[Entry]:
-        """Return endpoints and every other coalition. SpecError unless 2 <= n <= 16."""
-        design.check_players(n)
-        if n > _EXACT_LIMIT:
+        """Return endpoints, `budget` entries of the design, repeats, holdout.
+
+        SpecError below two contributors, and where the budget holds no whole permutation.
+        """
+        if self.budget is not None and self.budget < min(2 * n - 2, (1 << n) - 2):
             raise SpecError(
-                f"exact needs 2^{n} evaluations for {n} contributors",
-                "estimator.kind",
-                f"at most {_EXACT_LIMIT} contributors; else kind: ridge with a budget",
+                f"a budget of {self.budget} holds no permutation of {n} contributors",
+                "estimator.budget",
+                f"one takes 2 (n-1) = {2 * n - 2} evaluations with its reverse",
             )
-        return [*design.endpoints(n, self.endpoint_replicates), *design.exhaustive(n)]
+        return super().plan(n)
 
     def estimate(
         self,
@@ -202,16 +318,76 @@ class Exact(Part):
         n: int,
         surrogate: Surrogate | None = None,  # noqa: ARG002
     ) -> Attribution:
-        """Return the values. IncompleteDesign unless every coalition has a value."""
+        """Return the values. DataError where an endpoint or every permutation lacks a value."""
         evidence = gather(observations, n)
-        if not evidence.rows.complete:
-            have, wanted = len(evidence.rows.v), (1 << n) - 2
-            raise IncompleteDesign(
-                f"exact has {have} of the {wanted} coalitions between the endpoints",
-                hint="run again to fill in what is missing, or read the values with kind: ridge",
+        measured = exact(evidence.rows, "shapley")
+        if measured is not None:
+            return attribute(self.kind, evidence, self.confidence, measured[0])
+        fit = permutation_means(evidence.rows)
+        return with_interval(
+            attribute(self.kind, evidence, self.confidence, fit.phi),
+            "permutation-t",
+            fit.variance,
+            fit.drawn - 1,
+            fit.drawn >= _FEWEST_ORDERS,
+            by_empty=fit.by_empty,
+            by_full=fit.by_full,
+            residual=evidence.noise.pooled[0],
+        )
+
+
+class Exact(Part):
+    """The definition, from all 2^n coalitions (n <= 16). It has no budget, seed or holdout.
+
+    Leave-one-out asks only for those that lack one contributor, whatever n.
+    """
+
+    kind: Literal["exact"] = "exact"
+    semivalue: Semivalue = "shapley"
+    confidence: Confidence = 0.95
+    endpoint_replicates: int = Field(4, ge=1, le=100)
+    max_failed: Literal[0] = 0
+
+    def plan(self, n: int) -> list[Entry]:
+        """Return endpoints and every coalition that the semivalue asks for.
+
+        SpecError below two contributors, and above 16 but for leave-one-out.
+        """
+        design.check_players(n)
+        ends = design.endpoints(n, self.endpoint_replicates)
+        if self.semivalue == "leave_one_out":
+            return [*ends, *design.all_but_one(n)]
+        if n > _EXACT_LIMIT:
+            raise SpecError(
+                f"exact needs 2^{n} evaluations for {n} contributors",
+                "estimator.kind",
+                f"at most {_EXACT_LIMIT} contributors; else kind: ridge with a budget",
             )
-        phi, _ = regression.exact(evidence.rows)
-        return attribute(self.kind, evidence, self.confidence, phi)
+        return [*ends, *design.exhaustive(n)]
+
+    def estimate(
+        self,
+        observations: Sequence[Observation],
+        n: int,
+        surrogate: Surrogate | None = None,  # noqa: ARG002
+    ) -> Attribution:
+        """Return the values. IncompleteDesign unless every coalition asked for has a value."""
+        evidence = gather(observations, n)
+        measured = exact(evidence.rows, self.semivalue)
+        if measured is None:
+            one_out = self.semivalue == "leave_one_out"
+            have = int((evidence.rows.s == n - 1).sum()) if one_out else len(evidence.rows.v)
+            raise IncompleteDesign(
+                f"exact has {have} of the {n if one_out else (1 << n) - 2} coalitions between the "
+                f"endpoints that {self.semivalue} values ask for",
+                hint="run again to fill in what is missing, or read the values with kind: gp",
+            )
+        return attribute(
+            self.kind, evidence, self.confidence, measured[0], semivalue=self.semivalue
+        )
 
 
-Estimator = Annotated[Reference | PairedLS | Ridge | Exact, Field(discriminator="kind")]
+Estimator = Annotated[
+    Reference | PairedLS | Ridge | GaussianProcess | Permutation | Exact,
+    Field(discriminator="kind"),
+]

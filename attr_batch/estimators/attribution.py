@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -32,7 +32,7 @@ PAIRS_PER_CONTRIBUTOR = 2.5  # with fewer, few degrees of freedom are left to ju
 _FEWEST_HELD_OUT = 3
 _FEWEST_REPEATS = 3  # degrees of freedom
 _MOST_PAIRS = 1 << 20
-_REPLICATES = "replicates-t"
+_REPLICATES, _LEAST_SQUARES = "replicates-t", "paired-ls"
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,11 @@ class Attribution:
 
         The variance of the design shrinks with its degrees of freedom, one for each further pair;
         what the endpoints' noise adds, delta_se²/n² for everyone, stays. None without intervals,
-        for fewer pairs than columns, and where every coalition was measured: no pair is left.
+        for fewer pairs than columns, where every coalition was measured (no pair is left), and for
+        intervals that are not of paired least squares.
         """
         df = self.interval.df + pairs - self.interval.pairs
-        if self.se is None or self.interval.method == _REPLICATES or df < 1:
+        if self.se is None or not self.interval.method.startswith(_LEAST_SQUARES) or df < 1:
             return None
         ends = self.delta_se**2 / self.n**2
         design = np.maximum(np.square(self.se) - ends, 0) * (self.interval.df / df)
@@ -283,6 +284,33 @@ def attribute(
     )
 
 
+def with_interval(
+    found: Attribution,
+    method: str,
+    variance: Array | None,
+    df: int,
+    reliable: bool,
+    *,
+    by_empty: Array,
+    by_full: Array,
+    residual: float | None,
+) -> Attribution:
+    """Return `found` with an interval around the estimator's own values instead.
+
+    `variance` (n,) is that of the values, None where there is too little evidence; `by_empty`,
+    `by_full` (n,) are their derivatives by the endpoints, `residual` stands in for the variance of
+    an endpoint that was measured once.
+    """
+    interval = replace(found.interval, method=method, df=df, reliable=reliable)
+    if variance is None:
+        return replace(found, se=None, low=None, high=None, interval=interval)
+    empty, full = _end_variances(found.noise, residual)
+    se = np.sqrt(variance + by_empty**2 * empty + by_full**2 * full)
+    values, reach = np.array(found.values), _reach(interval.confidence, df)
+    low, high = _floats(values - reach * se), _floats(values + reach * se)
+    return replace(found, se=_floats(se), low=low, high=high, interval=interval)
+
+
 def _use(rows: Rows, weight: float, collapsed: bool) -> SurrogateUse | None:
     control = rows.control
     if control is None:
@@ -330,7 +358,7 @@ def _interval(
     values = fit.phi if fit.determined else None
     enough = fit.determined and fit.variance is not None and rows.pairs > n
     reliable = enough and rows.pairs >= PAIRS_PER_CONTRIBUTOR * n
-    method = f"paired-ls-{sandwich}-t"
+    method = f"{_LEAST_SQUARES}-{sandwich}-t"
     interval = Interval(method, confidence, max(fit.df, 0), rows.pairs, reliable)
     # An endpoint measured once: a row's residual variance, interactions included, bounds its noise.
     empty, full = _end_variances(noise, fit.residual)

@@ -1,9 +1,10 @@
 """Which coalitions to measure: deterministic sequences of which a budget is a prefix.
 
-Three sequences, each with its own index. *Endpoints*: replicates of the empty and the grand
-coalition. *Design*: what the estimator is fitted to. *Holdout*: what it is checked on. A sequence
-depends on (kind, n, seed) and never on the budget, so a larger budget extends a smaller one, and
-every pod derives the same plan without a coordinator.
+Four sequences, each with its own index. *Endpoints*: replicates of the empty and the grand
+coalition. *Design*: what the estimator is fitted to. *Repeats*: the design's first coalitions once
+more, which tells the noise. *Holdout*: what it is checked on. A sequence depends on (kind, n, seed)
+and never on the budget, so a larger budget extends a smaller one, and every pod derives the same
+plan without a coordinator.
 
 The paper (Eq. 5) draws sizes by the Shapley kernel p(s) ∝ (n-1)/(s(n-s)) and then members
 uniformly. `paired` keeps those marginals but takes a coalition with its complement (what is even
@@ -12,17 +13,19 @@ never draws a pair twice before all are drawn. Balancing the contributors as wel
 gained nothing, so members are drawn uniformly.
 
 Holdout and paired design are parted by a hash of the complement pair, the same for every seed: rows
-of several seeds can be pooled and the check stays a check. `independent` draws from all coalitions,
-since its reading does not reweight; a plan then leaves out of the holdout what was drawn.
+of several seeds can be pooled and the check stays a check. `independent` and `permutations` draw
+from all coalitions, since their readings do not reweight; a plan then leaves out of the holdout
+what was drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import combinations, islice
-from math import comb
+from math import ceil, comb
 from random import Random
 from typing import Literal
 
@@ -31,6 +34,8 @@ from attr_batch.errors import SpecError
 from attr_batch.recipe import derive_seed
 
 Role = Literal["empty", "grand", "design", "holdout"]
+Window = tuple[float, float]
+Sizes = Literal["kernel", "uniform"] | Window
 
 HOLDOUT_SHARE = 8  # one in eight pairs of a middle size is kept for the check
 # Draws have to be repeatable, not secret: hence the S311 exemptions below.
@@ -51,7 +56,7 @@ class Entry:
     chance); None where nothing was drawn by chance.
     """
 
-    sequence: Literal["endpoint", "design", "holdout", "reference", "oracle"]
+    sequence: Literal["endpoint", "design", "repeat", "holdout", "reference", "oracle"]
     index: int
     coalition: Coalition
     role: Role
@@ -66,6 +71,24 @@ def size_probability(n: int) -> list[float]:
     p = [0.0] + [1 / (s * (n - s)) for s in range(1, n)] + [0.0]
     total = sum(p)
     return [x / total for x in p]
+
+
+def paired_sizes(n: int, sizes: Sizes) -> list[float]:
+    """Return the paired design's p(s) for s = 0..n: zero at both ends, symmetric, summing to one.
+
+    A window leaves the Shapley kernel between two shares of n. SpecError where no size is inside.
+    """
+    if sizes == "kernel":
+        return size_probability(n)
+    if sizes == "uniform":
+        return [0.0] + [1 / (n - 1)] * (n - 1) + [0.0]
+    low, high = sizes
+    inside = [low * n - 1e-9 <= s <= high * n + 1e-9 for s in range(n + 1)]
+    p = [x if keep else 0.0 for x, keep in zip(size_probability(n), inside, strict=True)]
+    if not sum(p):
+        what = f"no coalition of {n} contributors has a size between {low:g} n and {high:g} n"
+        raise SpecError(what, "estimator.sizes", "widen the window")
+    return [x / sum(p) for x in p]
 
 
 def batch_pairs(n: int) -> int:
@@ -100,16 +123,67 @@ def endpoints(n: int, replicates: int) -> list[Entry]:
     ]
 
 
-def paired(n: int, seed: int) -> Iterator[Entry]:
+def paired(n: int, seed: int, sizes: Sizes = "kernel") -> Iterator[Entry]:
     """Yield the paired design: S, its complement, the next S, ... without end.
 
-    When all 2^n - 2 coalitions are drawn it starts again with the next replicate.
+    When all coalitions of these sizes are drawn it starts again with the next replicate.
     """
-    for index, (replicate, coalition, probability) in enumerate(_pairs(n, seed)):
+    p = paired_sizes(n, sizes)
+    for index, (replicate, coalition, probability) in enumerate(_pairs(n, seed, p)):
         batch = index // batch_pairs(n)
         for k, member in enumerate((coalition, coalition.complement())):
             yield Entry(
                 "design", 2 * index + k, member, "design", index, batch, replicate, probability
+            )
+
+
+def permutations(n: int, seed: int) -> Iterator[Entry]:
+    """Yield antithetic permutations: along a random order, each prefix and its complement.
+
+    The complements are the prefixes of the reverse order, so 2 (n-1) coalitions hold both. One that
+    an earlier order had is not measured again, until all were: then the next replicate begins. A
+    batch is one order with its reverse. (Mitchell, Cooper, Frank and Holmes 2022, section 4.1.)
+    """
+    rng = Random(derive_seed("permutation", n, seed))  # noqa: S311
+    drawn: set[int] = set()
+    batch = pair = replicate = 0
+    while True:
+        order = list(range(n))
+        _shuffle(rng, order)
+        known, mask = len(drawn), 0
+        for member in order[:-1]:
+            mask |= 1 << member
+            coalition = Coalition(mask, n)
+            if mask in drawn:
+                continue
+            drawn |= {mask, coalition.complement().mask}
+            for k, one in enumerate((coalition, coalition.complement())):
+                yield Entry("design", 2 * pair + k, one, "design", pair, batch, replicate, None)
+            pair += 1
+        batch += len(drawn) > known
+        if len(drawn) == (1 << n) - 2:
+            drawn.clear()
+            replicate += 1
+
+
+def repeats(chosen: Sequence[Entry], share: float) -> Iterator[Entry]:
+    """Yield the second replicate of this share of a paired design, whole pairs from its beginning.
+
+    A pair is repeated in the batch in which the budget first asks for it. What the design repeats
+    itself is left out.
+    """
+    exact = Fraction(str(share))  # so that 5 % of 120 is 6
+    planned = {(entry.coalition, entry.replicate) for entry in chosen}
+    for index, entry in enumerate(chosen[: 2 * ceil(exact * len(chosen) / 2)]):
+        if entry.replicate == 0 and (entry.coalition, 1) not in planned:
+            asked = chosen[2 * int(index // 2 / exact)]
+            yield replace(
+                entry,
+                sequence="repeat",
+                index=index,
+                batch=asked.batch,
+                replicate=1,
+                probability=None,
             )
 
 
@@ -136,6 +210,13 @@ def exhaustive(n: int) -> Iterator[Entry]:
         for k, member in enumerate((coalition, coalition.complement())):
             batch = index // batch_pairs(n)
             yield Entry("design", 2 * index + k, member, "design", index, batch, 0, None)
+
+
+def all_but_one(n: int) -> Iterator[Entry]:
+    """Yield the coalitions that lack one contributor, in the contributors' order."""
+    for i in range(n):
+        coalition = Coalition.of([i], n).complement()
+        yield Entry("design", i, coalition, "design", None, 0, 0, None)
 
 
 def holdout(n: int, seed: int) -> Iterator[Entry]:
@@ -223,23 +304,25 @@ class _Stratum:
         return left
 
 
-def _pairs(n: int, seed: int) -> Iterator[tuple[int, Coalition, float]]:
+def _pairs(n: int, seed: int, p: Sequence[float]) -> Iterator[tuple[int, Coalition, float]]:
     """Yield (replicate, first of the pair, probability) of the paired design."""
     replicate = 0
     while True:
-        for coalition, probability in _pass(n, derive_seed("pass", seed, replicate)):
+        for coalition, probability in _pass(n, derive_seed("pass", seed, replicate), p):
             yield replicate, coalition, probability
         replicate += 1
 
 
-def _pass(n: int, seed: int) -> Iterator[tuple[Coalition, float]]:
-    """Draw every pair once: the design side first, the holdout side when that is used up."""
-    p = size_probability(n)
+def _pass(n: int, seed: int, p: Sequence[float]) -> Iterator[tuple[Coalition, float]]:
+    """Draw every pair once: the design side first, the holdout side when that is used up.
+
+    `p` are the sizes' probabilities; what has none is not drawn.
+    """
     rng = Random(seed)  # noqa: S311
     shift = rng.random()
     strata = {s: _Stratum(n, s, rng) for s in range(1, n // 2 + 1)}
     for held in (False, True):
-        q = {s: p[s] + (p[n - s] if 2 * s != n else 0) for s in strata}
+        q = {s: p[s] + (p[n - s] if 2 * s != n else 0) for s in strata if p[s]}
         step = 0
         while q:
             # A golden-ratio walk with a random start: each step has the kernel's size

@@ -36,7 +36,7 @@ from attr_batch.estimators.semivalue import Semivalue, mixture, size_weights
 
 _DISTANCE = 2.0  # the interactions' decay over n contributors
 _PRIOR_MEAN, _PRIOR_SD = -1.0, 7.0  # of log tau
-_BOUNDS = (-12.0, 12.0)
+_BOUNDS = (-12.0, 20.0)
 _EVIDENCE = 2.0  # of -2 log likelihood against no effects: with less, everyone gets the same
 
 
@@ -226,13 +226,14 @@ class _Model:
 
     def solve(self, tau: Array) -> _Solution:
         """Return what the posterior and the restricted likelihood at `tau` need."""
-        from scipy.linalg.lapack import dpotri  # here, so that --help and status start fast
+        from scipy.linalg import get_lapack_funcs  # here, so that --help and status start fast
 
         V = np.diag(self.noise)
         for a, K in zip(tau, self.kernels, strict=True):
             V += a * K
         C = np.linalg.cholesky(V)
-        lower = np.tril(dpotri(C, lower=True)[0])  # a quarter of the work of inv(V)
+        (inverse,) = get_lapack_funcs(("potri",), (C,))
+        lower = np.tril(inverse(C, lower=True)[0])  # a quarter of the work of inv(V)
         Vi = lower + np.tril(lower, -1).T
         VF = Vi @ self.F
         information = self.F.T @ VF
