@@ -6,7 +6,7 @@ each endpoint the replicates are resampled. A unit that comes up k times gets k 
 k further rows it would look like replicates without noise.
 
 A resample holds about two thirds of the pairs, and an estimator does worse on these than on all: at
-budgets of a few n the draws spread too much rather than too little (`benchmarks/surrogate.py`).
+budgets of a few n the draws spread too much rather than too little.
 """
 
 from __future__ import annotations
