@@ -11,11 +11,12 @@ from attr_batch.figures import Guide, Point, Row, Series, dots_svg, line_svg, re
 from attr_batch.verdict import FAMILIES, by_family, first_set, headline, score_of
 
 _SHORT = {  # as published, for the names of lines
-    "sparsified_finetune": ("sFT", "sparsified fine-tuning"),
+    "sparsified finetune": ("sFT", "sparsified fine-tuning"),
     "finetune": ("FT", "fine-tuning of the unpruned model"),
     "lora": ("LoRA", "fine-tuning of low-rank adapters"),
-    "gradient_ascent": ("GA", "gradient ascent on the data left out"),
-    "influence_unlearning": ("IU", "influence unlearning"),
+    "gradient ascent": ("GA", "gradient ascent on the data left out"),
+    "influence unlearning": ("IU", "influence unlearning"),
+    "retrain": ("retrain", "training from scratch"),
 }
 
 
@@ -78,10 +79,23 @@ def value_rows(prop: PropertyValidation, contributors: Sequence[str]) -> list[di
     return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def short(name: str) -> str:
+    """Return "sFT 100 ridge" for "sparsified finetune, 100 steps, ridge"; other names as they are.
+
+    A name that begins with a counterfactual is that of the counterfactual or of a method that
+    uses it.
+    """
+    kind, *rest = name.split(", ")
+    if kind.replace("_", " ") not in _SHORT:
+        return name
+    brief, _ = _SHORT[kind.replace("_", " ")]
+    return " ".join([brief, *(text.removesuffix(" steps") for text in rest)])
+
+
 def abbreviations(counterfactuals: Iterable[str]) -> list[str]:
     """Return "sFT: sparsified fine-tuning" and the like for the kinds among counterfactuals."""
-    kinds = {text.split(", ")[0] for text in counterfactuals}
-    return [f"{short}: {meaning}" for kind, (short, meaning) in _SHORT.items() if kind in kinds]
+    kinds = {text.split(", ")[0].replace("_", " ") for text in counterfactuals}
+    return [f"{brief}: {meaning}" for kind, (brief, meaning) in _SHORT.items() if kind in kinds]
 
 
 def _dots(prop: PropertyValidation) -> list[tuple[str, list[Row]]]:
@@ -89,8 +103,8 @@ def _dots(prop: PropertyValidation) -> list[tuple[str, list[Row]]]:
     for m in by_family(prop):
         score = score_of(prop, m)
         if score["value"] is not None:
-            row = Row(m["name"], score["value"], score["low"], score["high"], m is headline(prop))
-            groups[m["family"]].append(row)
+            figures = score["value"], score["low"], score["high"]
+            groups[m["family"]].append(Row(short(m["name"]), *figures, m is headline(prop)))
     return [(f"{family}s", rows) for family, rows in groups.items()]
 
 
@@ -109,14 +123,14 @@ def _fidelity(prop: PropertyValidation, x: Literal["steps", "seconds"]) -> list[
     for f in prop["fidelity"]:
         across, pearson = f[x], f["pearson"]
         if across and pearson["value"] is not None:
-            name = " ".join(filter(None, (_short(f["counterfactual"]), f["ema"])))
+            name = " ".join(filter(None, (short(f["counterfactual"]), f["ema"])))
             points.append((name, Point(across, pearson["value"], pearson["low"], pearson["high"])))
     return _series(points)
 
 
 def _budget(prop: PropertyValidation, x: Literal["evaluations", "seconds"]) -> list[Series]:
     return _series(
-        (f"{_short(b['counterfactual'])}, {b['estimator']}", Point(b[x], b["lds"]))
+        (f"{short(b['counterfactual'])}, {b['estimator']}", Point(b[x], b["lds"]))
         for b in prop["budget"]
         if b["lds"] is not None and b[x] > 0
     )
@@ -124,7 +138,7 @@ def _budget(prop: PropertyValidation, x: Literal["evaluations", "seconds"]) -> l
 
 def _removal(prop: PropertyValidation, keeps: bool) -> list[Series]:
     return _series(
-        (r["method"], Point(100 * r["share"], 100 * r["change"]))
+        (short(r["method"]), Point(100 * r["share"], 100 * r["change"]))
         for r in prop["removal"]
         if r["keeps"] == keeps
     )
@@ -136,10 +150,3 @@ def _series(points: Iterable[tuple[str, Point]]) -> list[Series]:
     for name, point in points:
         lines.setdefault(name, []).append(point)
     return [Series(name, sorted(line, key=lambda p: p.x)) for name, line in lines.items()]
-
-
-def _short(counterfactual: str) -> str:
-    """Return "sFT 100" for "sparsified_finetune, 100 steps"."""
-    kind, *rest = counterfactual.split(", ")
-    short, _ = _SHORT.get(kind, (kind, ""))
-    return " ".join([short, *(text.removesuffix(" steps") for text in rest)])

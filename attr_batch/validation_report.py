@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import html
 import math
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from attr_batch.document import bullets, document, duration, facts_table, plate, safe, upper
 from attr_batch.evidence import Estimate, Method, OracleSet, PropertyValidation, Validation
 from attr_batch.figures import MOST_ROWS, cells, decimals, fit, number, visible
-from attr_batch.validation_figures import abbreviations, charts, figures, value_rows
+from attr_batch.validation_figures import abbreviations, charts, figures, short, value_rows
 from attr_batch.verdict import (
     FAMILIES,
     UNKNOWN,
@@ -134,6 +133,7 @@ def _comparison(prop: PropertyValidation, drawn: dict[str, str]) -> str:
         "additive: the best additive model, cross-validated on the retrainings",
         "floor: an equal split, which knows the size alone",
         "chance: unrelated numbers stay below in 19 of 20 cases",
+        *abbreviations(m["name"] for m in prop["methods"]),
     ]
     return text + _plate(drawn, ["lds"], keys) + _methods(prop, first, head) + _oracle(prop)
 
@@ -264,7 +264,7 @@ def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
     digits = _digits(f["rmse"] for f in rows)
     records = [
         _Row(
-            f["counterfactual"],
+            f["counterfactual"].replace("_", " "),
             [
                 _cell(f["pearson"]),
                 number(f["spearman"], 2),
@@ -325,6 +325,7 @@ def _removal(prop: PropertyValidation, drawn: dict[str, str]) -> str:
         f"everything{full}.</p>"
     )
     keys = ["removed: lower is better", "kept: higher is better"]
+    keys += abbreviations(r["method"] for r in rows)
     records = [
         _Row(
             r["method"],
@@ -458,17 +459,25 @@ def table(validation: Validation) -> str:
     head += "evaluations" + ("" if validation["complete"] else ", incomplete")
     properties = validation["properties"]
     if not properties:
-        return head
+        return "\n".join(_wrapped(head))
     prop, lines = properties[0], []
     first = first_set(prop)
     if first is not None and prop["methods"]:
         lines = _comparison_lines(prop, first)
     said = [f"{upper(p['title'])}: {verdict(p)}" for p in properties]
     said += [f"! {what}: {why}" for what, why in marks(prop)]
-    return "\n".join(
-        [textwrap.fill(head, WIDTH), "", *lines]
-        + [textwrap.fill(visible(text), WIDTH, subsequent_indent="  ") for text in said]
-    )
+    return "\n".join([*_wrapped(head), "", *lines, *(line for s in said for line in _wrapped(s))])
+
+
+def _wrapped(text: str) -> list[str]:
+    """Break text into lines by the terminal's columns; those after the first are indented."""
+    lines = [""]
+    for word in visible(text).split():
+        word = fit(word, WIDTH - 2)
+        if cells(lines[-1]) + 1 + cells(word) > WIDTH:
+            lines.append(" ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def _comparison_lines(prop: PropertyValidation, first: OracleSet) -> list[str]:
@@ -492,16 +501,16 @@ def _comparison_lines(prop: PropertyValidation, first: OracleSet) -> list[str]:
         f"{upper(prop['title'])}: LDS at {first['name']}; intervals of 95 %; lead of "
         f"{prop['methods'][0]['name']}, as an interval"
     )
-    lines = [*textwrap.wrap(visible(said), WIDTH), "", aligned(heads)]
+    lines = [*_wrapped(said), "", aligned(heads)]
     for rows in filter(None, families):
         lines += [rule, *map(aligned, rows)]
-    return [*lines, rule, ""]
+    return [*lines, rule, *abbreviations(m["name"] for m in prop["methods"]), ""]
 
 
 def _line(method: Method, first: OracleSet, lead: Estimate) -> tuple[str, ...]:
     score, seconds = method["lds"].get(first["name"], UNKNOWN), method["seconds"]
     return (
-        visible(method["name"]),
+        visible(short(method["name"])),
         number(score["value"], 2),
         span(score["low"], score["high"], 2),
         span(lead["low"], lead["high"], 2),

@@ -20,18 +20,18 @@ from attr_batch.evidence import (
     Validation,
 )
 
-SFT = "sparsified_finetune, 100 steps"
+SFT = "sparsified finetune, 100 steps"
 # name, family, counterfactual, noise of the values, evaluations, seconds, collapsed
 METHODS = [
     ("ridge", "estimator", SFT, 0.35, 66, 241.2, 1),
     ("paired_ls", "estimator", SFT, 0.8, 66, 241.2, None),
     ("gp", "estimator", SFT, 0.33, 66, 241.2, None),
     ("reference", "estimator", SFT, 1.4, 66, 239.8, None),
-    ("leave_one_out", "estimator", SFT, 1.9, 16, 61.0, None),
-    ("finetune, ridge", "counterfactual", "finetune, 100 steps", 0.6, 66, 702.4, 0),
-    ("lora, ridge", "counterfactual", "lora, 100 steps", 1.1, 66, 655.0, 2),
-    ("retrain, ridge", "counterfactual", "retrain, 600 steps", 0.25, 66, 3120.5, 0),
-    ("influence_unlearning, leave_one_out", "counterfactual", "influence_unlearning", 3, 16, 40, 0),
+    ("leave_one_out", "baseline", SFT, 1.9, 16, 61.0, None),
+    ("finetune, 100 steps, ridge", "counterfactual", "finetune, 100 steps", 0.6, 66, 702.4, 0),
+    ("lora, 100 steps, ridge", "counterfactual", "lora, 100 steps", 1.1, 66, 655.0, 2),
+    ("retrain, 600 steps, ridge", "counterfactual", "retrain, 600 steps", 0.25, 66, 3120.5, 0),
+    ("influence unlearning, ridge", "counterfactual", "influence unlearning", 3, 66, 40, 0),
     ("single utilities", "baseline", SFT, 0.6, 16, 60.1, None),
     ("property of own images", "baseline", None, 0.3, 0, 0.4, None),
     ("image count", "baseline", None, 9.0, 0, 0.0, None),

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from sample_report import HOSTILE
 from sample_validation import METHODS, validation
@@ -23,6 +23,7 @@ from attr_batch import figures, validation_report
 from attr_batch.document import duration
 from attr_batch.evidence import Estimate
 from attr_batch.figures import Guide, Point, Row, Series
+from attr_batch.validation_figures import short
 from attr_batch.verdict import marks, verdict
 
 NOTHING = Estimate(value=None, low=None, high=None)
@@ -88,7 +89,8 @@ def named(names: list[str]):
 PLAIN = Outline(validation_report.page(named(["a", "b", "c", "d", "e", "f"])))
 
 
-@settings(max_examples=12, deadline=None)
+# No shrinking: an example takes a page, and a failure would take minutes to be told.
+@settings(max_examples=12, deadline=None, phases=[Phase.reuse, Phase.generate])
 @given(st.lists(TEXT, min_size=6, max_size=6, unique=True))
 def test_any_name_is_only_text(names):
     given = named(names)
@@ -149,9 +151,9 @@ def test_comparison_prints_each_score_beside_its_method():
     page = validation_report.page(given)
     for method in first["methods"]:
         score = method["lds"]["alpha=0.5"]
-        line = next(line for line in lines if line.startswith(method["name"][:16]))
+        line = next(line for line in lines if line.startswith(short(method["name"])[:16]))
         shown = [figures.number(score[key], 2) for key in ("value", "low", "high")]
-        assert re.findall(NUMBER, line.removeprefix(method["name"]))[:3] == shown
+        assert re.findall(NUMBER, line.removeprefix(short(method["name"])))[:3] == shown
         row = page[page.index(f"<bdi>{method['name']}</bdi>") :]
         assert f'class="val">{shown[0]}<small>{shown[1]} … {shown[2]}</small>' in row[:300]
 
