@@ -5,7 +5,7 @@ Everything is derived from the files of the ledger at the moment of asking; noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -14,14 +14,16 @@ from attr_batch.estimators import Attribution
 from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
 from attr_batch.facts import Facts
 from attr_batch.job import Evaluation, Job
+from attr_batch.predecessor import Predecessor
 
+MODELS = "the coalitions' models"
 # Which sections of the resolved spec each kind of thing depends on.
 _MODEL = ("recipe_version", "numerics", "seed", "data", "model")
 DEPENDS = {
     "the trained model": _MODEL,
     "the pruned model": (*_MODEL, "pruning"),
     "fitted instruments": ("recipe_version", "numerics", "seed", "data", "properties"),
-    "the coalitions' models": (*_MODEL, "pruning", "counterfactual", "sampling"),
+    MODELS: (*_MODEL, "pruning", "counterfactual", "sampling"),
     "which coalitions": ("data", "estimator"),
     "the values": ("properties",),
 }
@@ -134,6 +136,7 @@ def plan(job: Job) -> dict[str, Any]:
             "new": new,
         },
         "things": things,
+        "continues": continued(job),
         "new_because": reasons(job) if missing or not all(things.values()) else None,
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else new * per_evaluation / job.workers,
@@ -141,6 +144,39 @@ def plan(job: Job) -> dict[str, Any]:
         "stopping": _stopping(facts),
         "half_width": _predicted_half_width(facts),
     }
+
+
+def continued(job: Job) -> dict[str, Any] | None:
+    """Return what the job that `estimator.continues` names gives to this one, and what not."""
+    before = job.predecessor
+    if before is None:
+        return None
+    known = set(before.known)
+    return {
+        "spec": before.spec,
+        "name": before.name,
+        "contributors": {"then": before.contributors, "unchanged": before.shared.size},
+        "coalitions": {
+            "measured": before.measured,
+            "valid": len(known),
+            "in this design": sum(
+                e.entry.coalition in known and not e.entry.replicate
+                for e in job.plan
+                if e.entry.role == "design"
+            ),
+        },
+        "new_because": _why_new(job, before),
+    }
+
+
+def _why_new(job: Job, before: Predecessor) -> str | None:
+    """Return which path of the spec makes all runs of the earlier job useless; None for none."""
+    counterfactual = job.spec.counterfactual
+    if counterfactual.unlearns:
+        return "counterfactual.kind: its models depend on who is left out as well"
+    if counterfactual.start == "fresh" or job.dense_id == before.trained:
+        return None
+    return f"model.base, which would have to be {before.trained}: runs depend on the trained model"
 
 
 def _samples_kept(job: Job, evaluation: Evaluation) -> bool:
@@ -195,35 +231,49 @@ def reasons(job: Job) -> dict[str, Any]:
     """Compare with the nearest earlier spec in the store: which paths differ, what that makes."""
     mine = flat({**job.content, "numerics": job.numerics})
     best: tuple[int, str, list[dict[str, Any]]] | None = None
-    for spec_digest, numerics in _earlier(job):
-        fact = job.ledger.fact(job.ledger.spec_name(spec_digest))
-        if fact is None:
-            continue
-        differences = _differences(flat({**fact["content"], "numerics": numerics}), mine)
-        if best is None or len(differences) < best[0]:
-            best = (len(differences), f"{fact['name']} ({spec_digest[:12]})", differences)
+    for head in _earlier(job):
+        fact = job.ledger.fact(job.ledger.spec_name(head["spec"])) or {}
+        theirs = flat({**fact["content"], "numerics": head["numerics"]})
+        paths = [p for p in sorted({*theirs, *mine}) if theirs.get(p) != mine.get(p)]
+        if best is None or len(paths) < best[0]:
+            same = _same_bases(job, head)
+            differences = [
+                {
+                    "path": path,
+                    "was": theirs.get(path),
+                    "is": mine.get(path),
+                    "makes_new": _makes_new(path, same),
+                }
+                for path in paths
+            ]
+            best = (len(paths), f"{fact['name']} ({head['spec'][:12]})", differences)
     if best is None:
         return {"against": None, "differences": []}
     return {"against": best[1], "differences": best[2]}
 
 
-def _earlier(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+def _earlier(job: Job) -> Iterator[dict[str, Any]]:
     for lines in job.ledger.plans().values():
         if lines and job.ledger.store.exists(job.ledger.spec_name(lines[0]["spec"])):
-            yield lines[0]["spec"], lines[0]["numerics"]
+            yield lines[0]
 
 
-def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "path": path,
-            "was": theirs.get(path),
-            "is": mine.get(path),
-            "makes_new": [what for what, on in DEPENDS.items() if path.split(".")[0] in on],
-        }
-        for path in sorted({*theirs, *mine})
-        if theirs.get(path) != mine.get(path)
-    ]
+def _same_bases(job: Job, head: dict[str, Any]) -> list[str]:
+    """Return which models are those of the earlier job although data may differ: `model.base`."""
+    names = ("the trained model", "the pruned model")
+    ours = (job.dense_id, job.pruned_id)
+    return [name for name, a, b in zip(names, head["bases"], ours, strict=True) if a == b]
+
+
+def _makes_new(path: str, same: Sequence[str]) -> list[str]:
+    found = [what for what, on in DEPENDS.items() if path.split(".")[0] in on and what not in same]
+    if "the pruned model" in same and MODELS in found:  # a run depends on its members only
+        at = found.index(MODELS)
+        if path == "model.base":
+            del found[at]
+        elif path.startswith("data."):
+            found[at] += " with these images"
+    return found
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -269,6 +319,7 @@ def plan_text(facts: dict[str, Any]) -> str:
             f"{name} {'reused' if made else 'new'}" for name, made in facts["things"].items()
         ),
     ]
+    lines += continued_text(facts["continues"])
     if facts["new_because"] is not None:
         lines += reasons_text(facts["new_because"])
     seconds, width = facts["seconds_expected"], facts["half_width"]
@@ -283,6 +334,22 @@ def plan_text(facts: dict[str, Any]) -> str:
     if facts["stopping"] is not None:
         lines.append(f"target       {_stopping_text(facts['stopping'])}")
     return "\n".join(lines)
+
+
+def continued_text(found: dict[str, Any] | None) -> list[str]:
+    """Say what comes from the job that is continued, and what makes it useless; [] without one."""
+    if found is None:
+        return []
+    people, coalitions = found["contributors"], found["coalitions"]
+    lines = [
+        f"continues    {found['name']} ({found['spec'][:12]}): {people['unchanged']} of its "
+        f"{people['then']} contributors are here with the same images",
+        f"             {coalitions['valid']} of its {coalitions['measured']} coalitions hold only "
+        f"these, {coalitions['in this design']} stand in this design",
+    ]
+    if found["new_because"] is not None:
+        lines.append(f"             all of them are new because of {found['new_because']}")
+    return lines
 
 
 def _width_text(width: dict[str, Any] | None) -> list[str]:

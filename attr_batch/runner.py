@@ -695,5 +695,5 @@ def announce(job: Job, why: dict[str, Any]) -> None:
     most = "" if job.target is None else "at most "
     what = f"{most}{missing} of {len(job.work)} evaluations to do"
     say(f"{job.spec.name}: {what}; store {job.ledger}")
-    for line in outlook.reasons_text(why):
+    for line in (*outlook.continued_text(outlook.continued(job)), *outlook.reasons_text(why)):
         say(f"  {line}")
