@@ -133,8 +133,8 @@ class OracleSet(TypedDict):
     additivity: Estimate
     floor: float | None
     chance95: float
-    mean: float  # of the property over the retrainings
-    sd: float
+    mean: float | None  # of the property over the retrainings
+    sd: float | None
 
 
 class Method(TypedDict):
@@ -149,7 +149,7 @@ class Method(TypedDict):
     collapsed: int | None  # in how many of them the ridge fell back to the equal split
     values: list[float]  # mean over designs, in the order of `contributors`
     lds: dict[str, Estimate]  # by OracleSet.name
-    lead: dict[str, dict[str, Estimate]]  # LDS of the headline less this one's, by OracleSet.name
+    lead: dict[str, Estimate]  # LDS of the headline less this one's, by OracleSet.name
     agreement: Estimate  # Pearson correlation with the Shapley values of the retrainings
 
 
@@ -159,8 +159,9 @@ class Fidelity(TypedDict):
     counterfactual: str  # kind
     steps: int | None
     ema: str | None  # restarted, raw, continued
+    base: str | None  # dense, pruned: where the counterfactual leaves the choice
     coalitions: int
-    pearson: Estimate
+    pearson: Estimate  # with one retraining, mean over the oracle's seeds
     spearman: float | None
     rmse: float | None  # in the property's unit
     bias: float | None  # mean of v(S) less retraining
@@ -198,6 +199,7 @@ class PropertyValidation(TypedDict):
     oracle: list[OracleSet]  # the first is the one that curves are drawn for
     methods: list[Method]  # the headline method first
     fidelity: list[Fidelity]
+    fidelity_ceiling: Estimate  # Pearson correlation of one retraining with another
     budget: list[Budget]
     removal: list[Removal]
     reference: list[float] | None  # Shapley values of the retrainings

@@ -16,7 +16,7 @@ share its draws, so the difference of two methods has an interval of its own, na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,7 +43,7 @@ class Oracle:
 
     @cached_property
     def whole(self) -> Oracle:
-        """The same without the seeds of which less than half is there, and what these still lack."""
+        """The same without the seeds of which less than half is there, and what those lack."""
         begun = np.isfinite(self.v).mean(axis=1) > 0.5
         v = self.v[begun] if begun.any() else self.v[:1]
         known = np.isfinite(v).all(axis=0)
@@ -222,16 +222,20 @@ def agreement(
     return interval(value, np.array(found))
 
 
-def correlation(
-    x: Array, y: Array, by: Callable[[Array, Array], float | None], seed: int, draws: int = DRAWS
-) -> Estimate:
-    """Return a correlation of x with y (m,), with a bootstrap interval over the m coalitions."""
-    if len(x) < _FEWEST:
+def correlation(x: Array, Y: Array, seed: int, draws: int = DRAWS) -> Estimate:
+    """Return Pearson's correlation of x (m,) with the rows of Y (seeds, m), averaged.
+
+    The bootstrap interval is over the m coalitions.
+    """
+    if len(x) < _FEWEST or not len(Y):
         return interval(None, np.zeros(0))
     rng = np.random.default_rng(derive_seed("correlation", seed, len(x)))
     rows = rng.integers(len(x), size=(draws, len(x)))
-    found = [by(x[row], y[row]) for row in rows]
-    return interval(by(x, y), np.array([np.nan if f is None else f for f in found]))
+    return interval(_mean_pearson(x, Y), np.array([_mean_pearson(x[r], Y[:, r]) for r in rows]))
+
+
+def _mean_pearson(x: Array, Y: Array) -> float:
+    return float(np.mean([pearson(x, y) or 0.0 for y in Y]))
 
 
 def subset_sums(values: Sequence[Array], oracle: Oracle) -> Array:

@@ -172,7 +172,10 @@ def methods(readings: Readings, prop: Property) -> list[Values]:
     job, studies = readings.job, readings.studies
     own, section = job.spec.estimator, job.spec.validation
     ours, retrained = label(job.spec.counterfactual), label(section.oracle)
-    found: list[Values | None] = [_estimated(readings, prop, own.kind, own, studies.designs)]
+    headline = _estimated(readings, prop, own.kind, own, studies.designs)
+    if headline is None:  # nothing to compare anything with
+        return []
+    found: list[Values | None] = [headline]
     found += [
         _estimated(readings, prop, kind, _READER.validate_python({"kind": kind}), studies.designs)
         for kind in section.estimators
@@ -306,13 +309,15 @@ def _property(readings: Readings, prop: Property) -> PropertyValidation:
     everyone = Coalition.grand(readings.studies.n).mask
     retrained = readings.utilities(readings.studies.left_out_retrained, prop)
     full = retrained.get((everyone, 0))
+    fidelity, ceiling = _fidelity(readings, prop, whole[0] if whole else None)
     return {
         "name": prop.name,
         "title": prop.title,
         "unit": prop.unit,
         "oracle": [_oracle_set(oracle, draws.get(oracle.name)) for oracle in oracles],
         "methods": _judged(readings, every, whole, draws, reference),
-        "fidelity": list(_fidelity(readings, prop)),
+        "fidelity": fidelity,
+        "fidelity_ceiling": ceiling,
         "budget": list(_budget(readings, prop, whole, reference)),
         "removal": list(_removal(readings, prop, full)),
         "reference": _listed(reference and reference.ls_values),
@@ -403,36 +408,50 @@ def _agreement(readings: Readings, values: Array, reference: Attribution | None)
     return lds.agreement(values, target, noisy, readings.job.spec.seed)
 
 
-def _fidelity(readings: Readings, prop: Property) -> Iterator[Fidelity]:
-    """Compare v(S) of each counterfactual with retraining, coalition by coalition."""
+def _fidelity(
+    readings: Readings, prop: Property, oracle: lds.Oracle | None
+) -> tuple[list[Fidelity], Estimate]:
+    """Compare v(S) of each counterfactual with retraining, coalition by coalition.
+
+    Also returns how one retraining compares with another, on the same coalitions.
+    """
     studies, seed = readings.studies, readings.job.spec.seed
-    retrained: dict[int, list[float]] = {}
-    for (mask, _), value in readings.utilities(studies.oracle, prop).items():
-        retrained.setdefault(mask, []).append(value)
+    if oracle is None:
+        return [], lds.interval(None, np.zeros(0))
+    masks = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in oracle.Z]
+    place = {mask: k for k, mask in enumerate(masks)}
+    compared = [c.mask for c in studies.compared if c.mask in place]
+    truth = oracle.v[:, [place[mask] for mask in compared]]
+    ceiling = lds.interval(None, np.zeros(0))
+    if len(truth) > 1:
+        ceiling = lds.correlation(truth[0], truth[1:], seed)
+    rows: list[Fidelity] = []
     for study in (*studies.steps, *studies.rivals):
         known = readings.utilities(study, prop)
-        masks = [c.mask for c in studies.compared if c.mask in retrained and (c.mask, 0) in known]
-        if not masks:
+        if not all((mask, 0) in known for mask in compared):
             continue
-        x = np.array([known[mask, 0] for mask in masks])
-        y = np.array([float(np.mean(retrained[mask])) for mask in masks])
+        x, y = np.array([known[mask, 0] for mask in compared]), truth.mean(axis=0)
         recipe = study.counterfactual.recipe()
         seconds = [
             sum(fact["seconds"].values())
             for fact in readings.facts(study).derivations.values()
             if fact["recipe"]["members"]
         ]
-        yield {
-            "counterfactual": study.counterfactual.kind,
-            "steps": recipe.get("steps"),
-            "ema": recipe.get("ema"),
-            "coalitions": len(masks),
-            "pearson": lds.correlation(x, y, lds.pearson, seed),
-            "spearman": lds.spearman(x, y),
-            "rmse": float(np.sqrt(np.mean((x - y) ** 2))),
-            "bias": float(np.mean(x - y)),
-            "seconds": median(seconds) if seconds else None,
-        }
+        rows.append(
+            {
+                "counterfactual": study.counterfactual.kind,
+                "steps": recipe.get("steps"),
+                "ema": recipe.get("ema"),
+                "base": recipe.get("base"),
+                "coalitions": len(x),
+                "pearson": lds.correlation(x, truth, seed),
+                "spearman": lds.spearman(x, y) if len(x) else None,
+                "rmse": float(np.sqrt(np.mean((x - y) ** 2))) if len(x) else None,
+                "bias": float(np.mean(x - y)) if len(x) else None,
+                "seconds": median(seconds) if seconds else None,
+            }
+        )
+    return rows, ceiling
 
 
 def _budget(

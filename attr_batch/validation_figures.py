@@ -33,7 +33,8 @@ def charts(prop: PropertyValidation, contributors: Sequence[str]) -> dict[str, s
     """Return one property's charts, by name."""
     first, title = first_set(prop), upper(prop["title"])
     guides = {} if first is None else {guide.name: guide for guide in _guides(first)}
-    ceiling = [guides[name] for name in ("ceiling",) if name in guides]
+    again = prop["fidelity_ceiling"]["value"]
+    ceiling = [] if again is None else [Guide("ceiling", again)]
     limits = [guides[name] for name in ("ceiling", "chance") if name in guides]
     drawn = {}
     groups = _dots(prop)
@@ -123,7 +124,7 @@ def _fidelity(prop: PropertyValidation, x: Literal["steps", "seconds"]) -> list[
     for f in prop["fidelity"]:
         across, pearson = f[x], f["pearson"]
         if across and pearson["value"] is not None:
-            name = " ".join(filter(None, (short(f["counterfactual"]), f["ema"])))
+            name = " ".join(filter(None, (short(f["counterfactual"]), f["ema"], f["base"])))
             points.append((name, Point(across, pearson["value"], pearson["low"], pearson["high"])))
     return _series(points)
 

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from attr_batch.document import bullets, document, duration, facts_table, plate, safe, upper
-from attr_batch.evidence import Estimate, Method, OracleSet, PropertyValidation, Validation
+from attr_batch.evidence import (
+    Estimate,
+    Fidelity,
+    Method,
+    OracleSet,
+    PropertyValidation,
+    Validation,
+)
 from attr_batch.figures import MOST_ROWS, cells, decimals, fit, number, visible
 from attr_batch.validation_figures import abbreviations, charts, figures, short, value_rows
 from attr_batch.verdict import (
@@ -249,7 +256,7 @@ def _values(prop: PropertyValidation, contributors: Sequence[str], drawn: dict[s
 
 
 def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
-    rows, first = prop["fidelity"], first_set(prop)
+    rows = prop["fidelity"]
     if not rows:
         return ""
     text = (
@@ -257,9 +264,8 @@ def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
         "were made; v(S) of the one is compared with v(S) of the other.</p>"
     )
     keys = ["Pearson correlation of v(S) with retraining; bars: 95 % intervals over coalitions"]
-    if first is not None and first["ceiling"]["value"] is not None:
-        where = safe(first["name"])
-        keys.append(f"ceiling: rank correlation of one retraining with another, at {where}")
+    if prop["fidelity_ceiling"]["value"] is not None:
+        keys.append("ceiling: one retraining with another")
     keys += abbreviations(f["counterfactual"] for f in rows)
     digits = _digits(f["rmse"] for f in rows)
     records = [
@@ -273,7 +279,7 @@ def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
                 f"{f['coalitions']:,}",
                 _time(f["seconds"]),
             ],
-            ", ".join(_settings(f["steps"], f["ema"])),
+            ", ".join(_settings(f)),
         )
         for f in rows
     ]
@@ -283,8 +289,9 @@ def _fidelity(prop: PropertyValidation, drawn: dict[str, str]) -> str:
     return text + pictures + _fold("The figures", _table(caption, heads, {"": records}))
 
 
-def _settings(steps: int | None, ema: str | None) -> list[str]:
-    return ([] if steps is None else [f"{steps:,} steps"]) + ([] if ema is None else [f"ema {ema}"])
+def _settings(f: Fidelity) -> list[str]:
+    steps = [] if f["steps"] is None else [f"{f['steps']:,} steps"]
+    return [*steps, *(f"{name} {f[name]}" for name in ("ema", "base") if f[name] is not None)]
 
 
 def _budget(prop: PropertyValidation, drawn: dict[str, str]) -> str:

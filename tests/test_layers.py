@@ -17,18 +17,20 @@ LAYERS = [
     ["data", "models", "pruning", "sampling"],
     ["training"],
     [
-        "estimators", "evidence", "figures", "report", "ledger", "table", "instruments",
-        "properties", "counterfactual", "baselines",
+        "estimators", "evidence", "lds", "figures", "document", "verdict", "validation_figures",
+        "report", "validation_report", "ledger", "table", "instruments", "properties",
+        "counterfactual", "baselines",
     ],
     ["spec"],
-    ["tracking", "job", "results", "outlook"],
+    ["tracking", "predecessor", "job", "facts", "results", "outlook", "studies", "scoring"],
     ["runner", "validate", "doctor"],
     ["cli"],
 ]  # fmt: skip
 PLACE = {name: (layer, i) for layer, names in enumerate(LAYERS) for i, name in enumerate(names)}
 TORCH_FREE = [
-    "errors", "log", "recipe", "coalition", "ops", "data", "estimators", "ledger", "report",
-    "table", "spec", "job", "outlook", "results", "tracking", "runner", "cli",
+    "errors", "log", "recipe", "coalition", "ops", "data", "estimators", "lds", "ledger", "report",
+    "validation_report", "table", "spec", "job", "facts", "outlook", "results", "studies",
+    "scoring", "tracking", "runner", "validate", "cli",
 ]  # fmt: skip
 
 

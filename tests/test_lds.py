@@ -133,4 +133,13 @@ def test_figures_that_are_not_there_are_none():
     assert lds.interval(None, np.zeros(0)) == {"value": None, "low": None, "high": None}
     assert lds.interval(0.5, np.zeros(0)) == {"value": 0.5, "low": None, "high": None}
     assert lds.pearson(np.ones(4), np.arange(4.0)) is None
-    assert lds.correlation(np.arange(3.0), np.arange(3.0), lds.pearson, 0)["value"] is None
+    assert lds.correlation(np.arange(3.0), np.ones((1, 3)), 0)["value"] is None
+
+
+def test_correlation_is_the_mean_over_retrainings():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=30)
+    Y = x + rng.normal(size=(2, 30))
+    found = lds.correlation(x, Y, seed=0)
+    assert found["value"] == pytest.approx(np.mean([np.corrcoef(x, y)[0, 1] for y in Y]))
+    assert found["low"] < found["value"] < found["high"]
