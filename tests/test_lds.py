@@ -91,7 +91,7 @@ def test_the_ceiling_is_what_one_seed_says_of_the_other():
 
 def test_additivity_is_high_for_additive_games_and_low_where_only_pairs_matter():
     truth, _ = oracle(m=100, noise=0.01)
-    assert lds.additivity(truth, Draws.of(truth, seed=0))["value"] > 0.99
+    assert lds.additivity(truth, Draws.of(truth, seed=0))["value"] > 0.97
     parity = lambda Z: Z[:, 0] * Z[:, 1] + (1 - Z[:, 0]) * (1 - Z[:, 1])  # noqa: E731
     truth, _ = oracle(m=200, noise=0.2, game=parity)
     assert lds.additivity(truth, Draws.of(truth, seed=0))["value"] < 0.3
