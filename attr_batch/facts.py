@@ -133,7 +133,7 @@ class Facts:
         """Return the estimator's reading of one property; its errors are those of `estimate`."""
         with one_thread():
             return self.job.spec.estimator.estimate(
-                self.observations(prop), len(self.job.card.roster)
+                self.observations(prop), len(self.job.card.roster), self.job.surrogate(prop)
             )
 
     def observations(self, prop: Property) -> list[Observation]:

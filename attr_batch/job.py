@@ -8,6 +8,7 @@ computed anew by every command and every shard: nothing is coordinated, nothing 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,16 +21,18 @@ from attr_batch.coalition import Coalition, Contributor, Roster
 from attr_batch.counterfactual import Counterfactual
 from attr_batch.data import Dataset
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
-from attr_batch.estimators import Entry, Role
+from attr_batch.estimators import Entry, Role, Surrogate
 from attr_batch.estimators.continued import continued
+from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.ledger import Ledger, seal
 from attr_batch.predecessor import Predecessor, find
-from attr_batch.properties import Instrument, Property
+from attr_batch.properties import Call, Instrument, Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
 from attr_batch.spec import JobSpec
 
 Subject = Literal["derived", "trained", "pruned", "untrained"]
 GIVE_UP_AFTER = 2  # replicates tried in place of one that diverges each time
+STATISTICS = "sums.json"
 SUBSTITUTE = 1000  # replicate numbers of substitutes: far from every planned one
 
 
@@ -114,11 +117,14 @@ def numerics(device: str) -> dict[str, Any]:
 class Job:
     """A spec, its store, and every name that follows from them.
 
-    `studies` are evaluated beside the plan; they change nothing of the plan or its names.
+    `studies` are evaluated beside the plan; they change nothing of the plan or its names. `others`
+    are ids of what else a validation makes once (see `validate`), for the store to be kept.
     """
 
-    def __init__(self, spec: JobSpec, studies: Sequence[Study] = ()) -> None:
-        self.spec, self.studies = spec, tuple(studies)
+    def __init__(
+        self, spec: JobSpec, studies: Sequence[Study] = (), others: Sequence[str] = ()
+    ) -> None:
+        self.spec, self.studies, self.others = spec, tuple(studies), tuple(others)
         self.ledger = Ledger(spec.store)
         self.numerics = numerics(spec.resources.device)
 
@@ -268,12 +274,50 @@ class Job:
     def things(self) -> list[tuple[str, str]]:
         """(family, id) of everything that is made once for all coalitions."""
         bases = [("bases", self.dense_id), ("bases", self.pruned_id)]
-        return bases + [("properties", thing_id) for thing_id in self.instruments]
+        return bases + [("properties", i) for i in (*self.instruments, *self.statistics)]
 
     @property
     def thing_phases(self) -> list[str]:
         """What making each of `things` is called in the accounts."""
-        return ["trained model", "pruned model", *["instruments"] * len(self.instruments)]
+        fitted = len(self.instruments) + len(self.statistics)
+        return ["trained model", "pruned model", *["instruments"] * fitted]
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """The properties whose statistics of the training images are needed, by these' id."""
+        if getattr(self.spec.estimator, "surrogate", "none") == "none":
+            return {}
+        inputs = {prop.name: self.statistics_inputs(prop) for prop in self.spec.properties}
+        return {
+            digest(inputs[prop.name]): prop
+            for prop in self.spec.properties
+            if not isinstance(prop, Call)
+        }
+
+    def statistics_inputs(self, prop: Property) -> dict[str, Any]:
+        """Return what the statistics of the training images depend on."""
+        return {
+            "recipe_version": RECIPE_VERSION,
+            "statistics of": self.property_digest(prop),
+            "data": self.card.recipe(),
+        }
+
+    def surrogate(self, prop: Property) -> Surrogate | None:
+        """Return the property of a coalition's own images as a game; None if it is not known."""
+        if prop.name in self._surrogates or isinstance(prop, Call):
+            return self._surrogates.get(prop.name)
+        thing_id = digest(self.statistics_inputs(prop))
+        if thing_id not in self.statistics or self.ledger.thing("properties", thing_id) is None:
+            return None
+        folder, _ = self.ledger.verified_thing("properties", thing_id)
+        body = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+        found = DataStatistics.from_json(body).surrogate(prop.of_mean)
+        return self._surrogates.setdefault(prop.name, found)
+
+    @cached_property
+    def _surrogates(self) -> dict[str, Surrogate]:
+        """Kept, since a surrogate's own values are computed once for each object."""
+        return {}
 
     @property
     def workers(self) -> int:
@@ -506,7 +550,7 @@ class Job:
             "spec": self.spec_digest,
             "numerics": self.numerics,
             "bases": [self.dense_id, self.pruned_id],
-            "properties": sorted(self.instruments),
+            "properties": sorted({*self.instruments, *self.statistics, *self.others}),
         }
         lines = [head, *(_plan_line(e) for e in self.work)]
         content = b"".join(canonical(line) + b"\n" for line in lines)

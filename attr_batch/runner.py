@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
 import platform
@@ -30,8 +31,10 @@ import numpy as np
 
 from attr_batch import __version__, outlook, results
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
+from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
-from attr_batch.job import GIVE_UP_AFTER, SUBSTITUTE, Evaluation, Job, Study
+from attr_batch.instruments import LabelClassifier
+from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
@@ -104,7 +107,27 @@ class Laboratory:
             )
             for thing_id, instrument in job.instruments.items()
         ]
-        return [dense, pruned, *fitted]
+        by_id = {thing.id: thing for thing in fitted}
+        statistics = [
+            Thing(
+                "properties",
+                thing_id,
+                f"statistics of {prop.name}",
+                job.statistics_inputs(prop),
+                lambda folder, _, it=prop: self._make_statistics(it, folder),
+                by_id.get(job.instrument_id(prop)),
+            )
+            for thing_id, prop in job.statistics.items()
+        ]
+        return [dense, pruned, *fitted, *statistics]
+
+    def _make_statistics(self, prop: Property, folder: Path) -> None:
+        """Sum up the training images' statistics by contributor: the surrogate's ingredients."""
+        dataset, instrument = self.job.dataset, self.instrument(prop)
+        found = prop.statistics(dataset.images, instrument)
+        by_contributor = [found[dataset.contributor == i] for i in range(len(dataset.roster))]
+        body = DataStatistics.of(by_contributor).to_json()
+        (folder / STATISTICS).write_text(json.dumps(body), encoding="utf-8")
 
     def _make_dense(self, folder: Path, upkeep: Upkeep) -> None:
         from attr_batch.counterfactual import prepare_dense
@@ -150,6 +173,30 @@ class Laboratory:
             loaded = self.job.instruments[thing_id].load(folder, device=self.device)
             self._instruments[thing_id] = (loaded, sha256)
         return self._instruments[thing_id][0] if thing_id else None
+
+    @cached_property
+    def generated(self) -> np.ndarray:
+        """Samples of the trained model, as the plan's own reference draws them."""
+        return self.draw(self.base.reference("trained"), self.job.sampling_seed(), Upkeep())
+
+    def material(self, prop: Property, upkeep: Upkeep) -> Any:
+        """Return what baselines see: the data, the trained model and what it draws."""
+        from attr_batch.baselines import Material
+
+        read_by = (p for p in self.spec.properties if isinstance(p.instrument(), LabelClassifier))
+        classified = next(read_by, None)
+        return Material(
+            dataset=self.job.dataset,
+            base=self.base,
+            generated=self.generated,
+            sampling=self.spec.sampling,
+            prop=prop,
+            instrument=self.instrument(prop),
+            classifier=None if classified is None else self.instrument(classified),
+            seed=self.job.sampling_seed(),
+            device=self.device,
+            upkeep=upkeep,
+        )
 
     # -- for one evaluation -----------------------------------------------------------------------
 

@@ -484,7 +484,9 @@ def _budget(
                 "evaluations": budget,
                 "seconds": float(np.mean(spent)),
                 "lds": lds.lds(lds.subset_sums(values, oracles[0]), oracles[0])[0],
-                "agreement": target and lds.pearson(np.mean(values, axis=0), np.array(target)),
+                "agreement": None
+                if target is None
+                else lds.pearson(np.mean(values, axis=0), np.array(target)),
             }
 
 

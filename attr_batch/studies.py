@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
+from attr_batch.baselines import Baseline
 from attr_batch.coalition import Coalition
 from attr_batch.counterfactual import Counterfactual
-from attr_batch.estimators import Entry, PairedLS, Reference
+from attr_batch.estimators import Entry, Exact, PairedLS, Reference
 from attr_batch.estimators.design import of_size
 from attr_batch.job import Study
 from attr_batch.spec import JobSpec
@@ -80,7 +81,7 @@ class Studies:
     def designs(self) -> list[Study]:
         """The job's estimator on several seeds of its design; the first is the job itself."""
         estimator, count = self.spec.estimator, self.spec.validation.designs
-        if not hasattr(estimator, "seed"):  # every coalition is measured: there is one design
+        if isinstance(estimator, Exact):  # every coalition is measured: there is one design
             return [self._own("design 0", estimator.plan(self.n))]
         seeded = [estimator.model_copy(update={"seed": estimator.seed + d}) for d in range(count)]
         return [self._own(f"design {d}", one.plan(self.n)) for d, one in enumerate(seeded)]
@@ -89,7 +90,7 @@ class Studies:
     def samplings(self) -> list[Study]:
         """The paper's own draws: independent, by the Shapley kernel."""
         estimator, section = self.spec.estimator, self.spec.validation
-        if "reference" not in section.estimators or not hasattr(estimator, "budget"):
+        if "reference" not in section.estimators or isinstance(estimator, Exact):
             return []
         plans = [
             Reference(budget=estimator.budget, seed=estimator.seed + d, holdout=0).plan(self.n)
@@ -135,13 +136,13 @@ class Studies:
         With its own weights on the job's design too, so that values can be compared by k.
         """
         section, own = self.spec.validation.steps, self.spec.counterfactual
-        if section is None or not hasattr(own, "steps"):
+        if section is None or not {"steps", "ema"} <= own.recipe().keys():
             return []
         found = []
         for ema in section.ema:
             for k in section.steps:
                 other = own.model_copy(update={"steps": k, "ema": ema})
-                design = [] if ema != own.ema else self._job_design()
+                design = self._job_design() if ema == own.recipe()["ema"] else []
                 entries = [*self._coalitions(self.compared), *design]
                 found.append(Study(label(other), tuple(entries), other))
         return found
@@ -189,14 +190,15 @@ class Studies:
         return Study(name, tuple(entries), self.spec.validation.oracle, streams=ORACLE)
 
 
-def label(counterfactual: Counterfactual) -> str:
-    """Return what tables call a counterfactual: what differs from its defaults."""
-    fields = counterfactual.recipe()
-    parts = [counterfactual.kind.replace("_", " ")]
+def label(part: Counterfactual | Baseline) -> str:
+    """Return what tables call a counterfactual or baseline: what differs from its defaults."""
+    fields = part.recipe()
+    parts = [part.kind.replace("_", " ")]
     if "steps" in fields:
         parts.append(f"{fields['steps']} steps")
-    for name in ("base", "ema", "rank"):
-        default = type(counterfactual).model_fields.get(name)
+    for name in ("base", "ema", "rank", "reduce"):
+        default = type(part).model_fields.get(name)
         if default is not None and fields[name] != default.default:
-            parts.append(f"{name} {fields[name]}" if name != "base" else str(fields[name]))
+            said = name in ("ema", "rank")
+            parts.append(f"{name} {fields[name]}" if said else str(fields[name]))
     return ", ".join(parts)

@@ -43,8 +43,8 @@ def validate(
         if not _evaluate(job, list(studies), shard, shards) or not _score_baselines(job, shard):
             return None
     removal = _removal(Readings(job, studies))
-    second = removal is not None and not provisional
-    if second and not _evaluate(job, [*studies, removal], shard, shards):
+    second = [] if removal is None or provisional else [*studies, removal]
+    if second and not _evaluate(job, second, shard, shards):
         return None
     return publish(Readings(job, studies, removal, scores(job)))
 
@@ -76,7 +76,7 @@ def publish(readings: Readings) -> Validation:
     job.ledger.store.replace(f"{job.report_name}/validation.json", to_bytes(found))
     job.ledger.store.replace(f"{job.report_name}/validation.html", page(found).encode())
     attribution = job.ledger.store.read(f"{job.report_name}/attribution.json")
-    Mirror(job).end("FINISHED", attribution and json.loads(attribution))
+    Mirror(job).end("FINISHED", json.loads(attribution) if attribution else None)
     return found
 
 
