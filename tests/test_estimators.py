@@ -23,8 +23,10 @@ from attr_batch.errors import DataError, IncompleteDesign, SpecError
 from attr_batch.estimators import (
     Estimator,
     Exact,
+    GaussianProcess,
     Observation,
     PairedLS,
+    Permutation,
     Reference,
     Ridge,
     design,
@@ -35,6 +37,7 @@ from attr_batch.estimators.observations import gather, indicators
 from attr_batch.estimators.ridge import FADING, fading_shapley, ridge
 
 SAMPLED = (Reference, PairedLS, Ridge)
+FAMILY = (*SAMPLED, GaussianProcess, Permutation)
 
 
 def observe(plan, game, sd=0.0, seed=0):
@@ -84,11 +87,12 @@ def test_glove_values_are_the_textbook_ones():
 # ------------------------------------------------------------------ plans
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("estimator", FAMILY)
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 7, 20, 64, 258])
 def test_a_larger_budget_extends_a_smaller_one(estimator, n):
-    small = estimator(budget=20, holdout=0, seed=3).plan(n)
-    large = estimator(budget=60, holdout=0, seed=3).plan(n)
+    fewest = 2 * n if estimator is Permutation else 0
+    small = estimator(budget=20 + fewest, holdout=0, seed=3).plan(n)
+    large = estimator(budget=60 + fewest, holdout=0, seed=3).plan(n)
     assert large[: len(small)] == small
 
 
@@ -127,9 +131,86 @@ def test_when_everything_is_measured_nothing_is_held_out():
     assert not [e for e in plan if e.role == "holdout"]
 
 
-def test_ridge_and_paired_ls_share_every_entry():
-    options = {"budget": 80, "seed": 5, "holdout": 7}
-    assert Ridge(**options).plan(20) == PairedLS(**options).plan(20)
+@pytest.mark.parametrize("other", [PairedLS, GaussianProcess])
+def test_readings_of_the_paired_design_share_every_entry(other):
+    options = {"budget": 80, "seed": 5, "holdout": 7, "repeats": 0.05}
+    assert Ridge(**options).plan(20) == other(**options).plan(20)
+
+
+@pytest.mark.parametrize("n", [4, 20])
+def test_repeats_are_the_first_pairs_once_more_and_grow_with_the_budget(n):
+    def parts(budget, repeats=0.05):
+        plan = Ridge(budget=budget, repeats=repeats, holdout=0).plan(n)
+        return (
+            [e for e in plan if e.sequence == "design"],
+            [e for e in plan if e.sequence == "repeat"],
+            [e for e in plan if e.sequence == "endpoint"],
+        )
+
+    chosen, again, ends = parts(14 if n == 4 else 120)
+    assert len(again) == (2 if n == 4 else 6)
+    assert [e.coalition for e in again] == [e.coalition for e in chosen[: len(again)]]
+    assert {(e.role, e.replicate, e.probability) for e in again} == {("design", 1, None)}
+    for budget in (2, 10, 14):
+        fewer, some, same = parts(budget)
+        assert chosen[: len(fewer)] == fewer
+        assert again[: len(some)] == some
+        assert same == ends
+    assert not parts(14, 0.0)[1]
+
+
+def test_a_batch_asks_for_its_own_repeats():
+    n, batch = 20, 20
+    whole = Ridge(budget=200, repeats=0.1, holdout=0).plan(n)
+    for b in range(1, 11):
+        upto = [e for e in whole if e.sequence in ("design", "repeat") and e.batch < b]
+        plan = Ridge(budget=b * batch, repeats=0.1, holdout=0).plan(n)
+        assert {*upto} == {e for e in plan if e.sequence != "endpoint"}
+
+
+def test_what_the_design_repeats_itself_is_not_repeated_again():
+    plan = Ridge(budget=28, repeats=0.5, holdout=0).plan(4)
+    keys = [(e.coalition, e.replicate) for e in plan if e.role == "design"]
+    assert len(set(keys)) == len(keys) == 28
+
+
+def test_repeats_tell_the_noise():
+    one = Ridge(budget=200, repeats=0.5)
+    found = one.estimate(observe(one.plan(12), games.coverage(12), 0.3), 12)
+    assert found.noise.repeats_df == found.noise.repeated == 100
+    assert found.noise.repeats_sd == pytest.approx(0.3, rel=0.2)
+
+
+@pytest.mark.parametrize(("sizes", "inside"), [("uniform", (1, 19)), ((0.2, 0.8), (4, 16))])
+def test_sizes_of_the_paired_design(sizes, inside):
+    n, low, high = 20, *inside
+    entries = [e for e in Ridge(budget=600, sizes=sizes, holdout=0).plan(n) if e.role == "design"]
+    assert len({e.coalition for e in entries}) == len(entries) == 600
+    count = np.bincount([e.coalition.size for e in entries], minlength=n + 1)
+    assert count[:low].sum() == count[high + 1 :].sum() == 0
+    p = np.ones(n + 1) if sizes == "uniform" else np.array(design.size_probability(n))
+    p[:low] = p[high + 1 :] = 0
+    first = np.bincount([e.coalition.size for e in entries[:100]], minlength=n + 1)
+    assert np.abs(np.cumsum(first - 100 * p / p.sum())[: n // 2]).max() < 4
+
+
+def test_uniform_sizes_are_weighted_back():
+    game, n = games.class_entropy(8, 1), 8
+    one = PairedLS(budget=230, sizes="uniform", holdout=0)
+    found = one.estimate(observe(one.plan(n), game), n)
+    rows = gather(observe(one.plan(n), game), n).rows
+    w = regression.row_weights(rows)
+    share = np.bincount(rows.s.astype(int), w, minlength=n + 1) / w.sum()
+    np.testing.assert_allclose(share, design.size_probability(n), atol=1e-12)
+    assert error(found.values, game.shapley()) < 0.02
+
+
+@pytest.mark.parametrize("window", [(0.2, 0.7), (0.5, 0.5), (-0.1, 1.1), (0.8, 0.2)])
+def test_a_window_without_complements_is_refused(window):
+    with pytest.raises(ValidationError, match="a window is"):
+        Ridge(sizes=window)
+    with pytest.raises(SpecError, match="no coalition of 3 contributors"):
+        Ridge(sizes=(0.4, 0.6)).plan(3)
 
 
 @pytest.mark.parametrize("n", [5, 10, 20, 258])
@@ -241,7 +322,7 @@ def test_exact_plans_everything_once():
 @pytest.mark.parametrize(
     "given", [{"budget": 200_002}, {"holdout": 10_001}, {"endpoint_replicates": 101}]
 )
-@pytest.mark.parametrize("kind", [Reference, PairedLS, Ridge, Exact])
+@pytest.mark.parametrize("kind", [*SAMPLED, GaussianProcess, Permutation, Exact])
 def test_plans_beyond_reason_are_refused(kind, given):
     if given.keys() <= kind.model_fields.keys():
         with pytest.raises(ValidationError, match="less than or equal"):
@@ -269,7 +350,7 @@ def test_the_default_budget_is_six_a_contributor_or_everything():
 
 def test_the_union_reads_every_kind():
     adapter = TypeAdapter(Estimator)
-    for kind in ("reference", "paired_ls", "ridge", "exact"):
+    for kind in ("reference", "paired_ls", "ridge", "gp", "permutation", "exact"):
         assert adapter.validate_python({"kind": kind}).kind == kind
 
 
@@ -322,8 +403,8 @@ def test_regression_with_all_coalitions_is_the_definition(case):
 # ------------------------------------------------------------------ properties of every reading
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
-@pytest.mark.parametrize("budget", [10, 30, 60, 200])
+@pytest.mark.parametrize("estimator", FAMILY)
+@pytest.mark.parametrize("budget", [18, 30, 60, 200])
 def test_values_sum_to_the_gain(estimator, budget):
     game = games.class_entropy(10, 1)
     one = estimator(budget=budget)
@@ -343,7 +424,7 @@ def test_a_linear_game_is_read_exactly_without_noise(estimator):
     assert found.holdout.spearman == pytest.approx(1)
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("estimator", [*SAMPLED, GaussianProcess])
 @pytest.mark.parametrize("budget", [16, 60, 100])
 def test_relabelling_contributors_permutes_the_answer(estimator, budget):
     n, one = 12, estimator(budget=budget)
@@ -359,7 +440,7 @@ def test_relabelling_contributors_permutes_the_answer(estimator, budget):
         np.testing.assert_allclose(np.array(b.se)[order], a.se, rtol=1e-7)
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("estimator", FAMILY)
 def test_the_order_of_observations_does_not_change_a_bit(estimator):
     one = estimator(budget=60)
     observations = observe(one.plan(8), games.log_total(8), 0.1)
@@ -367,7 +448,7 @@ def test_the_order_of_observations_does_not_change_a_bit(estimator):
     assert one.estimate(observations, 8) == one.estimate(again, 8)
 
 
-@pytest.mark.parametrize("estimator", SAMPLED)
+@pytest.mark.parametrize("estimator", FAMILY)
 def test_holdout_rows_are_not_fitted(estimator):
     one = estimator(budget=60, holdout=10)
     observations = observe(one.plan(10), games.log_total(10), 0.1)

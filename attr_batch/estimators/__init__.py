@@ -323,7 +323,7 @@ class Permutation(_Budgeted):
         measured = exact(evidence.rows, "shapley")
         if measured is not None:
             return attribute(self.kind, evidence, self.confidence, measured[0])
-        fit = permutation_means(evidence.rows)
+        fit = permutation_means(evidence.rows, design.orders(n, self.seed))
         return with_interval(
             attribute(self.kind, evidence, self.confidence, fit.phi),
             "permutation-t",

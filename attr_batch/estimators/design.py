@@ -137,19 +137,25 @@ def paired(n: int, seed: int, sizes: Sizes = "kernel") -> Iterator[Entry]:
             )
 
 
+def orders(n: int, seed: int) -> Iterator[list[int]]:
+    """Yield random orders of the contributors, without end."""
+    rng = Random(derive_seed("permutation", n, seed))  # noqa: S311
+    while True:
+        order = list(range(n))
+        _shuffle(rng, order)
+        yield order
+
+
 def permutations(n: int, seed: int) -> Iterator[Entry]:
-    """Yield antithetic permutations: along a random order, each prefix and its complement.
+    """Yield antithetic permutations: along each of `orders`, a prefix and its complement.
 
     The complements are the prefixes of the reverse order, so 2 (n-1) coalitions hold both. One that
     an earlier order had is not measured again, until all were: then the next replicate begins. A
     batch is one order with its reverse. (Mitchell, Cooper, Frank and Holmes 2022, section 4.1.)
     """
-    rng = Random(derive_seed("permutation", n, seed))  # noqa: S311
     drawn: set[int] = set()
     batch = pair = replicate = 0
-    while True:
-        order = list(range(n))
-        _shuffle(rng, order)
+    for order in orders(n, seed):
         known, mask = len(drawn), 0
         for member in order[:-1]:
             mask |= 1 << member

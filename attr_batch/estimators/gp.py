@@ -46,8 +46,10 @@ class Posterior:
 
     `by_empty`, `by_full` are the derivatives of the values by the endpoints; `residual` is the
     variance of one measurement, `df` its degrees of freedom; `slope` is the expected slope of
-    estimate on truth; `columns` are the size columns, `weight` is the surrogate's b. `collapsed`:
-    the likelihood hardly prefers the kernels to none, so there are none.
+    estimate on truth; `tau` are the kernels' variances in units of the residual, effects
+    (constant, fading by FADING, smooth), interactions, size; `columns` are the size columns,
+    `weight` is the surrogate's b. `collapsed`: the likelihood hardly prefers the kernels to none,
+    so there are none.
     """
 
     phi: Array
@@ -57,6 +59,7 @@ class Posterior:
     residual: float
     df: int
     slope: float
+    tau: Array
     columns: tuple[str, ...]
     weight: float
     collapsed: bool
@@ -79,7 +82,8 @@ def gaussian_process(rows: Rows, semivalue: Semivalue) -> Posterior:
     basis, to_gamma = _orthonormal(F)
     kernels = _kernels(Z, s, semivalue)
     y = rows.v[order] - rows.v_empty - s / n * rows.delta
-    model = _Model([k.K for k in kernels], y, 1 / rows.count[order], basis)
+    unit = float(np.sqrt(np.mean(y * y))) or 1.0  # so that the search stops alike in every unit
+    model = _Model([k.K for k in kernels], y / unit, 1 / rows.count[order], basis)
     tau = model.most_likely()
     fit, none = model.solve(tau), model.solve(np.zeros(len(kernels)))
     collapsed = none.criterion - fit.criterion < _EVIDENCE
@@ -104,6 +108,7 @@ def gaussian_process(rows: Rows, semivalue: Semivalue) -> Posterior:
         residual=residual,
         df=df,
         slope=1 - float(left.mean()) / prior if prior else 0.0,
+        tau=tau,
         columns=columns,
         weight=0.0 if control is None else float(gamma[-1]) / control.scale,
         collapsed=collapsed,
