@@ -1,6 +1,8 @@
 """One conformance test for every way to a coalition's model, and the base they start from."""
 
 import json
+import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,12 +13,16 @@ from attr_batch import ops
 from attr_batch.counterfactual import (
     Counterfactual,
     Finetune,
+    GradientAscent,
+    InfluenceUnlearning,
+    Lora,
     Retrain,
     SparsifiedFinetune,
     load_base,
     prepare_dense,
     prepare_pruned,
 )
+from attr_batch.counterfactual.influence import Influence, NoisyImages
 from attr_batch.errors import DataError, Interrupted, SpecError
 from attr_batch.log import Upkeep
 from attr_batch.models import (
@@ -25,9 +31,11 @@ from attr_batch.models import (
     Training,
     UNet,
     load_weights,
+    read_safetensors,
     save_weights,
 )
 from attr_batch.pruning import Magnitude, NoPruning
+from attr_batch.recipe import digest
 from attr_batch.training import to_unit
 
 TRAINING = Training(steps=40, batch=32, learning_rate=2e-2, warmup=5)
@@ -45,7 +53,15 @@ MEMBERS = [
     ),
     Retrain(),
     Retrain(training=TRAINING.model_copy(update={"decay": "constant"}), ema="restarted"),
+    Lora(**FEW.model_dump(), rank=2),
+    Lora(**FEW.model_dump(), rank=2, base="pruned", ema="raw"),
+    *(
+        GradientAscent(steps=8, batch=16, learning_rate=1e-3, base=base)
+        for base in ("dense", "pruned")
+    ),
+    *(InfluenceUnlearning(batch=8, draws=2, scale=0.1, base=base) for base in ("dense", "pruned")),
 ]
+KEPT, REMOVED = IMAGES[::2], IMAGES[1::2]  # all dark left, all dark right
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +72,24 @@ def base(tmp_path_factory):
     return load_base(MODEL, folder / "dense", folder / "pruned", 1, 4)
 
 
-@pytest.fixture(params=MEMBERS, ids=lambda m: f"{m.kind}-{m.ema}")
+def name(member):
+    options = (getattr(member, option, "") for option in ("kind", "base", "ema"))
+    return "-".join(option for option in options if option)
+
+
+@pytest.fixture(params=MEMBERS, ids=name)
 def member(request):
     return request.param
 
 
 def bits(module):
     return [tensor.numpy().tobytes() for tensor in module.state_dict().values()]
+
+
+def distance(module, other):
+    """Return the Euclidean distance of two models' weights."""
+    pairs = zip(module.parameters(), other.parameters(), strict=True)
+    return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
 
 
 def loss(module, images=IMAGES):
@@ -80,52 +107,99 @@ def loss(module, images=IMAGES):
 
 
 @pytest.fixture(scope="module")
-def everyone(base):
-    """Return each member's model of all images under seed 3, derived once."""
+def half(base):
+    """Return each member's model of one half of the images under seed 3, derived once."""
     made = {}
 
     def derived(member):
         if member not in made:
-            made[member] = member.derive(base, IMAGES, seed=3)
+            made[member] = member.derive(base, KEPT, REMOVED, seed=3)
         return made[member]
 
     return derived
 
 
-def test_a_function_of_images_and_seed_that_leaves_the_base_alone(member, base, everyone):
-    first, start = everyone(member), bits(base.module(member.start))
-    assert bits(member.derive(base, IMAGES, seed=3)) == bits(first)
-    assert bits(member.derive(base, IMAGES, seed=4)) != bits(first)
-    assert bits(member.derive(base, IMAGES[::2], seed=3)) != bits(first)
+def test_every_kind_of_the_union_is_tested():
+    kinds = get_args(get_args(Counterfactual)[0])
+    assert {type(member) for member in MEMBERS} == set(kinds)
+
+
+def test_a_function_of_images_and_seed_that_leaves_all_else_alone(member, base, half):
+    first, start = bits(half(member)), bits(base.module(member.start))
+    assert not half(member).training
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert bits(member.derive(base, REMOVED, KEPT, seed=3)) != first
+    assert bits(member.derive(base, KEPT, REMOVED, seed=4)) != first
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert bits(member.derive(base, KEPT, REMOVED, seed=3)) == first
     assert bits(base.module(member.start)) == start
-    assert not first.training
 
 
-def test_resumed_run_has_the_same_bits(member, base, everyone, tmp_path):
+def test_resumed_run_has_the_same_bits(member, base, half, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     calls = iter(range(10))
     upkeep = Upkeep(stopping=lambda: next(calls, 9) >= 3, seconds=1e9)
     options = {"seed": 3, "checkpoint": checkpoint}
     with pytest.raises(Interrupted):
-        member.derive(base, IMAGES, upkeep=upkeep, **options)
-    assert bits(member.derive(base, IMAGES, **options)) == bits(everyone(member))
+        member.derive(base, KEPT, REMOVED, upkeep=upkeep, **options)
+    assert checkpoint.exists()
+    assert bits(member.derive(base, KEPT, REMOVED, **options)) == bits(half(member))
 
 
-def test_everyone_together_give_about_the_trained_model(member, base, everyone):
-    trained = loss(base.reference("pruned" if member.start == "pruned" else "trained"))
+def test_what_belongs_to_another_coalition_is_refused(member, base, tmp_path):
+    options = {"seed": 3, "checkpoint": tmp_path / "checkpoint"}
+    with pytest.raises(Interrupted):
+        member.derive(base, KEPT, REMOVED, upkeep=Upkeep(stopping=lambda: True), **options)
+    with pytest.raises(DataError, match="another"):
+        member.derive(base, REMOVED, KEPT, **options)
+
+
+def test_everyone_together_give_about_the_trained_model(member, base):
+    trained = base.reference("pruned" if member.start == "pruned" else "trained")
+    everyone = member.derive(base, IMAGES, IMAGES[:0], seed=3)
     untrained = loss(base.reference("untrained", 3))
-    assert loss(everyone(member)) < trained + 0.15 * (untrained - trained)
+    assert loss(everyone) < loss(trained) + 0.15 * (untrained - loss(trained))
+    assert (bits(everyone) == bits(trained)) == member.unlearns
 
 
-def test_nobody_gives_the_untrained_net(member, base):
-    nobody = member.derive(base, IMAGES[:0], seed=3)
-    assert bits(nobody) == bits(base.fresh(member.start, 3))
-    assert bits(nobody) != bits(member.derive(base, IMAGES[:0], seed=4))
+def test_nobody_gives_the_untrained_net_unless_by_unlearning_all(member, base):
+    nobody, fresh = member.derive(base, IMAGES[:0], IMAGES, seed=3), base.fresh(member.start, 3)
+    assert (bits(nobody) == bits(fresh)) == (not member.unlearns)
+    assert bits(nobody) != bits(member.derive(base, IMAGES[:0], IMAGES, seed=4))
     like = base.module(member.start).state_dict()
     assert {k: v.shape for k, v in nobody.state_dict().items()} == {
         k: v.shape for k, v in like.items()
     }
-    assert loss(nobody) > 1.7 * loss(base.reference("trained"))
+    if member.unlearns:
+        assert loss(nobody) > loss(base.module(member.start)) + 0.01
+    else:
+        assert loss(nobody) > 1.7 * loss(base.reference("trained"))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Return the base of three images with three channels of 5 x 5."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 5, 5), dtype=np.uint8)
+    part = UNet(block_out_channels=(8,), attention=("mid",), training=FEW)
+    folder = tmp_path_factory.mktemp("odd")
+    prepare_dense(part, images, folder / "dense", seed=1)
+    pruning = Magnitude(ratio=0.5, recovery=FEW)
+    prepare_pruned(part, pruning, images, folder / "dense", folder / "pruned", seed=1)
+    return load_base(part, folder / "dense", folder / "pruned", 3, 5), images
+
+
+def test_one_image_of_an_odd_size_in_bf16(member, odd):
+    base, images = odd
+    if isinstance(member, Retrain):
+        member = Retrain(training=FEW.model_copy(update={"precision": "bf16"}), ema=member.ema)
+    elif isinstance(member, Training):
+        member = member.model_copy(update={"precision": "bf16"})
+    model = member.derive(base, images[:1], images[1:], seed=3)
+    assert all(w.isfinite().all() and w.dtype == torch.float32 for w in model.parameters())
+    assert bits(model) != bits(base.module(member.start))
+    assert bits(model) == bits(member.derive(base, images[:1], images[1:], seed=3))
 
 
 def test_a_coalition_learns_its_own_images(base):
@@ -138,21 +212,171 @@ def test_a_coalition_learns_its_own_images(base):
 
 def test_every_member_round_trips_through_the_spec(member):
     adapter = TypeAdapter(Counterfactual)
-    text = adapter.dump_json(member)
-    assert adapter.validate_json(text, strict=True) == member
+    assert adapter.validate_json(adapter.dump_json(member), strict=True) == member
+    assert adapter.validate_json(json.dumps(member.recipe()), strict=True) == member
 
 
-def test_averages_differ_in_how_much_of_the_base_is_left(base):
-    """DIGITS: the published average still is mostly the base; the restarted one is not."""
+@pytest.mark.parametrize(
+    ("member", "name"),
+    [
+        (SparsifiedFinetune(), "1fdbca1242ab"),
+        (Finetune(ema="continued"), "815e49266e8c"),
+        (Retrain(), "181a44528774"),
+        (Retrain(training=Training(), ema="restarted"), "947cfdf80803"),
+    ],
+)
+def test_names_of_what_is_in_stores_do_not_change(member, name):
+    assert digest(member.recipe()).startswith(name)
 
+
+# -- averages --------------------------------------------------------------------------------------
+
+
+def test_the_continued_average_lags_as_published(base):
+    """With weights that stand still after T steps, (T/(T + k))^9 or so of the average is left."""
+    how = SparsifiedFinetune(
+        steps=20, batch=4, learning_rate=1e-12, weight_decay=0, ema="continued"
+    )
+    means, metadata = read_safetensors(base.pruned / "pruned-ema.safetensors")
+    assert metadata["updates"] == 40
+    left = math.prod((40 + j) / (60 + j) for j in range(1, 10))
+    start = dict(base.module("pruned").named_parameters())
+    for weight, got in how.derive(base, KEPT, seed=0).named_parameters():
+        wanted = left * means[weight] + (1 - left) * start[weight]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_restarted_average_stays_behind_the_last_weights(base):
     def moved(ema):
         how = SparsifiedFinetune(steps=20, batch=16, learning_rate=1e-2, ema=ema)
-        model, start = how.derive(base, HALVES[:1], seed=0), base.module("pruned")
-        pairs = zip(model.parameters(), start.parameters(), strict=True)
-        return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+        return distance(how.derive(base, HALVES[:1], seed=0), base.module("pruned"))
 
-    assert moved("continued") < 0.7 * moved("restarted")
-    assert moved("restarted") < moved("raw")
+    assert 0.2 * moved("raw") < moved("restarted") < moved("raw")
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+def test_adapters_add_what_their_rank_allows_to_layers_and_nothing_to_the_rest(base):
+    model = Lora(steps=4, batch=8, learning_rate=1e-2, rank=2, ema="raw").derive(base, KEPT, seed=0)
+    start = base.module("dense")
+    assert list(model.state_dict()) == list(start.state_dict())
+    layers = dict(model.named_modules())
+    for name, before in start.named_parameters():
+        change = (model.get_parameter(name) - before).detach()
+        layer = layers[name.rpartition(".")[0]]
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear) and name.endswith("weight"):
+            values = torch.linalg.svdvals(change.double().flatten(1))
+            assert values[0] > 0, name
+            assert (values[2:] < 1e-5 * values[0]).all(), name
+        else:
+            assert not change.any(), name
+
+
+def test_alpha_scales_what_the_adapters_add(base):
+    """One step moves B, which is zero, by the learning rate whatever the gradient's size."""
+
+    def change(alpha):
+        how = Lora(
+            steps=1, batch=8, learning_rate=1e-5, weight_decay=0, rank=2, alpha=alpha, ema="raw"
+        )
+        model = how.derive(base, KEPT, seed=0)
+        return (model.conv_in.weight - base.module("dense").conv_in.weight).detach()
+
+    torch.testing.assert_close(change(8), 4 * change(2), rtol=1e-2, atol=1e-6)
+
+
+# -- unlearning ------------------------------------------------------------------------------------
+
+
+def test_one_step_of_ascent_is_a_step_of_descent_backwards(base):
+    once = {"steps": 1, "batch": 8, "learning_rate": 1e-3, "weight_decay": 0}
+    up = GradientAscent(**once).derive(base, KEPT, REMOVED, seed=0)
+    down = Finetune(**once, ema="raw").derive(base, REMOVED, seed=0)
+    for a, b, start in zip(
+        up.parameters(), down.parameters(), base.module("dense").parameters(), strict=True
+    ):
+        torch.testing.assert_close(a - start, start - b, rtol=1e-3, atol=1e-7)
+
+
+def test_steps_and_learning_rate_bound_the_ascent(base):
+    how = GradientAscent(steps=10, batch=8, learning_rate=1e-3)
+    model = how.derive(base, KEPT, REMOVED, seed=0)
+    furthest = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(model.parameters(), base.module("dense").parameters(), strict=True)
+    )
+    assert 0.5 * 10 * 1e-3 < furthest < 1.001 * 10 * 1e-3
+
+
+@pytest.mark.parametrize(
+    "how",
+    [GradientAscent(steps=5, batch=16, learning_rate=3e-4), InfluenceUnlearning(draws=30)],
+    ids=lambda how: how.kind,
+)
+def test_the_removed_images_lose_more(base, how):
+    model, start = how.derive(base, KEPT, REMOVED, seed=0), base.module("dense")
+    kept, removed = (loss(model, part) - loss(start, part) for part in (KEPT, REMOVED))
+    assert removed > 0.01
+    assert removed > 2 * kept
+
+
+def test_the_influence_step_refits_a_linear_model():
+    """Least squares through the origin: to first order the step is the refit without R."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6000, 3, generator=generator, dtype=torch.float64)
+    y = 0.7 * x + torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def fit(rows):
+        return (x[rows] * y[rows]).sum(0) / x[rows].square().sum(0)
+
+    removed = torch.arange(6000) < 150
+    weights = fit(removed | ~removed).requires_grad_()
+    signs = torch.randn(6000, generator=generator, dtype=torch.float64).sign()
+    influence = Influence([weights])
+    for part in torch.arange(6000).split(4):
+        losses = (weights * x[part] - y[part]).square().mean(1)
+        influence.add(losses, removed[part], signs[part])
+    (move,) = influence.step(6000, values=3, damping=1e-9)
+    torch.testing.assert_close(move, fit(~removed) - weights.detach(), rtol=0.15, atol=1e-4)
+
+
+def test_one_image_a_batch_gives_the_exact_squares():
+    weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)
+    influence = Influence([weights])
+    for row, removed in zip(x, (True, False), strict=True):
+        influence.add((row @ weights)[None] ** 2, torch.tensor([removed]), -torch.ones(1).double())
+    gradients = 2 * (x @ weights.detach())[:, None] * x
+    torch.testing.assert_close(influence.gradient[0], gradients[0])
+    torch.testing.assert_close(influence.squares[0], gradients.square().sum(0))
+    squares = gradients.square().sum(0)
+    mean_loss = float((x @ weights.detach()).square().mean())
+    wanted = gradients[0] / (5 / (2 * mean_loss) * (squares + 0.5 * squares.mean()))
+    torch.testing.assert_close(influence.step(2, values=5, damping=0.5)[0], wanted)
+
+
+def test_influence_does_not_depend_on_the_order_of_the_images(base):
+    images = np.random.default_rng(1).integers(0, 256, (9, 1, 4, 4), dtype=np.uint8)
+    how, order = InfluenceUnlearning(batch=4), [2, 0, 3, 1]
+    first = how.derive(base, images[4:], images[:4], seed=0)
+    assert bits(how.derive(base, images[4:][::-1], images[:4][order], seed=0)) == bits(first)
+
+
+def test_an_images_noise_is_the_same_whoever_is_removed(base):
+    images = np.random.default_rng(1).integers(0, 256, (5, 1, 4, 4), dtype=np.uint8)
+    seen = []
+    for removed in (1, 3):
+        noisy = NoisyImages(images[removed:], images[:removed], seed=3)
+        with torch.no_grad():
+            seen.append(noisy.losses(base.module("dense"), base.schedule, slice(0, 5), 1, 2))
+        assert noisy.removed.sum() == removed
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert set(seen[0][1].tolist()) <= {-1.0, 1.0}
+
+
+# -- retraining ------------------------------------------------------------------------------------
 
 
 def test_retraining_needs_to_know_how():

@@ -1,6 +1,6 @@
 """Counterfactuals that take the others' images out of the trained model.
 
-They never look at what stays but to weigh it, so their work grows with what is removed. With
+Both need the trained model alone, and what is removed (`removed`: None or none, nobody is). With
 everyone in the coalition there is nothing to remove and the base is returned as it is; with nobody
 they remove all images by their own rule, which does not give the untrained network. The paper found
 both to predict retraining badly, dense or sparsified.
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
-from typing_extensions import Unpack
 
 from attr_batch import log
 from attr_batch.counterfactual.influence import Influence, NoisyImages
@@ -30,10 +29,11 @@ if TYPE_CHECKING:
 
 
 class GradientAscent(Brief):
-    """Climb the denoising loss of the removed images for k steps (Graves et al., 2021).
+    """Climb the denoising loss of the removed images for k steps (GA of Jia et al., 2023).
 
     The loss has no upper bound. AdamW moves a weight by about the learning rate a step, whatever
-    the loss, so that `steps` and `learning_rate` bound how far the model goes.
+    the loss, so that `steps` and `learning_rate` bound how far the model goes. Where that is far,
+    it loses all images, not the removed ones alone.
     """
 
     unlearns: ClassVar[bool] = True
@@ -42,7 +42,7 @@ class GradientAscent(Brief):
     kind: Literal["gradient_ascent"] = "gradient_ascent"
     base: Literal["dense", "pruned"] = Field(default="dense", description="What unlearns.")
     steps: PositiveInt = Field(default=20, le=10_000)
-    learning_rate: PositiveFloat = Field(default=1e-4, le=1e-2)
+    learning_rate: PositiveFloat = Field(default=3e-5, le=1e-2)
     weight_decay: float = Field(default=0.0, ge=0)
 
     @property
@@ -79,8 +79,8 @@ class InfluenceUnlearning(Part):
     `damping` times the diagonal's mean. It is estimated on all images, and image and seed alone
     decide the noise an image gets, so that it is the same for all coalitions.
 
-    A diagonal misses that weights share their effect, and its step is far too long where many do;
-    `scale` shortens it.
+    A diagonal misses that weights share their effect, and its whole step is far too long where many
+    do: `scale` is the part that is taken.
     """
 
     unlearns: ClassVar[bool] = True
@@ -92,7 +92,7 @@ class InfluenceUnlearning(Part):
     damping: PositiveFloat = Field(
         default=0.1, description="Added to the diagonal, as a multiple of its mean."
     )
-    scale: PositiveFloat = Field(default=1.0, le=1.0, description="Share of the step to take.")
+    scale: PositiveFloat = Field(default=0.01, le=1, description="Share of the step to take.")
 
     @property
     def start(self) -> Start:
@@ -148,9 +148,10 @@ class InfluenceUnlearning(Part):
             losses, signs = noisy.losses(module, base.schedule, part, draw, self.draws)
             influence.add(losses, gone[part], signs)
             if upkeep.tick(done, len(work)):
-                if saved is not None:
+                stopping = upkeep.stopping()
+                if saved is not None and (stopping or done < len(work)):
                     saved.write(influence.sums(), {"step": done})
-                if upkeep.stopping():
+                if stopping:
                     hint = "run the same command again: it goes on from the checkpoint"
                     raise Interrupted(f"stopped at step {done} of {len(work)}", None, hint)
 
