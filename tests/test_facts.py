@@ -120,6 +120,27 @@ def test_an_unreliable_interval_does_not_stop(opened):
     assert Facts(job).stopping.batches == FIRST_RELIABLE
 
 
+def test_stopping_on_the_width_keeps_the_coverage():
+    """Of 95 % intervals at whatever batch is the first narrow one, as many hold the value."""
+    n = batch = 12
+    game = games.mean_quality(n, 1)
+    phi, sd = game.shapley(), 0.1 * game.sd(500)
+    inside, ended = [], []
+    for seed in range(80):
+        plan = PairedLS(budget=14 * batch, holdout=0, seed=seed).plan(n)
+        noise = sd * np.random.default_rng(seed).normal(size=len(plan))
+        v = game.v([e.coalition.mask for e in plan]) + noise
+        seen = [Observation(e.coalition, x, e.role) for e, x in zip(plan, v, strict=True)]
+        for whole in range(5, 15):
+            read = PairedLS().estimate(seen[: 8 + whole * batch], n)  # eight are endpoints
+            if read.half_width <= 0.042:
+                break
+        ended.append(whole)
+        inside.append((np.array(read.low) <= phi) & (phi <= np.array(read.high)))
+    assert len(set(ended)) > 4
+    assert np.mean(inside) >= 0.93
+
+
 @settings(
     max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
