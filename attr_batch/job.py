@@ -178,6 +178,18 @@ class Job:
                     self.card.label_names, where=f"properties.{i}", images=images
                 )
             )
+        if "validation" in self.spec.model_fields_set:
+            checks.append(self.check_validation)
+        _raise_together(checks)
+
+    def check_validation(self) -> None:
+        """Check that what a validation asks for can be done with the model."""
+        section, checks = self.spec.validation, []
+        for counterfactual in (section.oracle, *section.counterfactuals):
+            checks.append(lambda it=counterfactual: it.check(self.spec.model))
+        for i, baseline in enumerate(section.baselines):
+            where = f"validation.baselines.{i}"
+            checks.append(lambda it=baseline, at=where: it.check(self.spec.model.schedule, at))
         _raise_together(checks)
 
     def check_numbers(self) -> None:

@@ -121,7 +121,7 @@ class Laboratory:
         ]
         return [dense, pruned, *fitted, *statistics]
 
-    def _make_statistics(self, prop: Property, folder: Path) -> None:
+    def _make_statistics(self, prop: Any, folder: Path) -> None:
         """Sum up the training images' statistics by contributor: the surrogate's ingredients."""
         dataset, instrument = self.job.dataset, self.instrument(prop)
         found = prop.statistics(dataset.images, instrument)

@@ -421,15 +421,26 @@ def _shown(value: Any) -> str:
 
 
 def _resolve_locations(spec: JobSpec, folder: Path) -> JobSpec:
-    """Make the `path` of data and model absolute, relative to the folder of the YAML."""
+    """Make every `path` absolute, relative to the folder of the YAML."""
     changes: dict[str, Any] = {"store": _expanded(spec.store, "store")}
     for name in ("data", "model"):
         part = getattr(spec, name)
         given = getattr(part, "path", None)
         if given is not None:
-            absolute = str((folder / _expanded(given, f"{name}.path")).absolute())
-            changes[name] = part.model_copy(update={"path": absolute})
+            changes[name] = part.model_copy(update={"path": _absolute(folder, given, name)})
+    baselines = tuple(
+        baseline.model_copy(update={"path": _absolute(folder, given, f"validation.baselines.{i}")})
+        if (given := getattr(baseline, "path", None)) is not None
+        else baseline
+        for i, baseline in enumerate(spec.validation.baselines)
+    )
+    if baselines:
+        changes["validation"] = spec.validation.model_copy(update={"baselines": baselines})
     return spec.model_copy(update=changes)
+
+
+def _absolute(folder: Path, given: str, where: str) -> str:
+    return str((folder / _expanded(given, f"{where}.path")).absolute())
 
 
 def _expanded(path: str, where: str) -> str:

@@ -36,6 +36,7 @@ def validate(
     None where other shards have work left. `provisional`: evaluate nothing, report what there is.
     Errors are those of `runner.run`.
     """
+    job.check_validation()
     studies = Studies(job.spec, len(job.card.roster))
     if not provisional:
         if runner.run(job, shard, shards) is None:
