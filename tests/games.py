@@ -1,9 +1,10 @@
 """Cooperative games whose Shapley values are known: the oracle of the estimators.
 
 Five families resemble what a property of a diffusion model does when data come and go (`FAMILIES`);
-the textbook games test the axioms. `v(masks)` is vectorised over bit masks, bit i being player i.
-`shapley()` is exact (closed form, quadrature of a polynomial, or enumeration) unless `exact` is
-False: then it is the mean over antithetic permutations, good to about a hundredth.
+on four more nothing was tuned (`UNSEEN`); the textbook games test the axioms. `v(masks)` is
+vectorised over bit masks, bit i being player i. `shapley()` is exact (closed form, quadrature of a
+polynomial, or enumeration) unless `exact` is False: then it is the mean over antithetic
+permutations, good to about a hundredth.
 
 Games that are products over the players have a polynomial multilinear extension, so Gauss-Legendre
 with n/2 + 1 nodes integrates Owen's formula without error; 1/x and log x are Laplace mixtures of
@@ -200,6 +201,65 @@ FAMILIES: tuple[Callable[[int, int], Game], ...] = (
     class_entropy,
     mean_quality,
 )
+
+# ------------------------------------------------------------------ four on which nothing was tuned
+
+
+def topics(n: int, seed: int = 0) -> Game:
+    """Twenty topics, each there as soon as one of its few holders is."""
+    rng = np.random.default_rng([11, n, seed])
+    log_miss = np.where(rng.random((20, n)) < 0.15, -50.0, 0.0)
+    q = rng.dirichlet(np.ones(20))
+    return Game(
+        "topics",
+        n,
+        lambda Z: (1 - np.exp(Z @ log_miss.T)) @ q,
+        lambda: (q[:, None] * product_shapley(np.exp(log_miss))).sum(0),
+    )
+
+
+def pairwise(n: int, seed: int = 0) -> Game:
+    """Values of either sign, and what two of them add or take when both are there."""
+    rng = np.random.default_rng([12, n, seed])
+    a, Q = rng.normal(0.1, 0.5, n), np.triu(rng.normal(0, 0.2, (n, n)), 1)
+    return Game(
+        "pairwise",
+        n,
+        lambda Z: Z @ a + ((Z @ Q) * Z).sum(1),
+        lambda: a + (Q.sum(0) + Q.sum(1)) / 2,
+    )
+
+
+def threshold(n: int, seed: int = 0) -> Game:
+    """Nothing works until about 40 % of the data are there, then nearly all does."""
+    w = np.random.default_rng([13, n, seed]).lognormal(0, 0.6, n)
+    w = w / w.sum()
+
+    def value(Z: Array) -> Array:
+        return 1 / (1 + np.exp(-10 * (Z @ w - 0.4)))
+
+    return _valued("threshold", n, value)
+
+
+def poor_beginning(n: int, seed: int = 0) -> Game:
+    """Models of one or two contributors are noise, on another scale than all others."""
+    w = np.random.default_rng([14, n, seed]).lognormal(0, 0.8, n)
+
+    def value(Z: Array) -> Array:
+        s = Z.sum(1)
+        return np.where(s < 3, 0.2 * s - 1.5, np.log1p(Z @ w))
+
+    return _valued("poor_beginning", n, value)
+
+
+def _valued(name: str, n: int, value: Callable[[Array], Array]) -> Game:
+    """A game whose values are enumerated up to 16 players, sampled above."""
+    if n <= 16:
+        return Game(name, n, value, lambda: enumerate_shapley(value, n))
+    return Game(name, n, value, lambda: permutation_shapley(value, n, 4000), exact=False)
+
+
+UNSEEN: tuple[Callable[[int, int], Game], ...] = (topics, pairwise, threshold, poor_beginning)
 
 # ------------------------------------------------------------------ textbook games
 

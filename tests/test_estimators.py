@@ -73,7 +73,9 @@ TEXTBOOK = (
 )
 
 
-@pytest.mark.parametrize("game", [*TEXTBOOK, *(family(8, 3) for family in games.FAMILIES)])
+@pytest.mark.parametrize(
+    "game", [*TEXTBOOK, *(family(8, 3) for family in (*games.FAMILIES, *games.UNSEEN))]
+)
 def test_the_oracle_agrees_with_the_definition(game):
     np.testing.assert_allclose(
         game.shapley(), games.enumerate_shapley(game.value, game.n), atol=1e-11

@@ -65,7 +65,8 @@ def test_the_axioms(semivalue, case):
 
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_exact_values_are_those_of_shapiq(n):
-    shapiq = pytest.importorskip("shapiq")
+    import shapiq  # here: it takes seconds
+
     v = np.random.default_rng(n).normal(size=1 << n)
     place = 1 << np.arange(n)
     computer = shapiq.ExactComputer(lambda Z: v[np.atleast_2d(Z).astype(int) @ place], n)
