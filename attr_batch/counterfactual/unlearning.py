@@ -42,7 +42,7 @@ class GradientAscent(Brief):
     kind: Literal["gradient_ascent"] = "gradient_ascent"
     base: Literal["dense", "pruned"] = Field(default="dense", description="What unlearns.")
     steps: PositiveInt = Field(default=20, le=10_000)
-    learning_rate: PositiveFloat = Field(default=3e-5, le=1e-2)
+    learning_rate: PositiveFloat = Field(default=1e-5, le=1e-2)
     weight_decay: float = Field(default=0.0, ge=0)
 
     @property
