@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,12 +184,12 @@ class Job:
 
     def check_validation(self) -> None:
         """Check that what a validation asks for can be done with the model."""
-        section, checks = self.spec.validation, []
-        for counterfactual in (section.oracle, *section.counterfactuals):
-            checks.append(lambda it=counterfactual: it.check(self.spec.model))
+        section, model = self.spec.validation, self.spec.model
+        ways = (section.oracle, *section.counterfactuals)
+        checks: list[Callable[[], None]] = [partial(way.check, model) for way in ways]
         for i, baseline in enumerate(section.baselines):
             where = f"validation.baselines.{i}"
-            checks.append(lambda it=baseline, at=where: it.check(self.spec.model.schedule, at))
+            checks.append(partial(baseline.check, model.schedule, where))
         _raise_together(checks)
 
     def check_numbers(self) -> None:
