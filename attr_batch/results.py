@@ -509,7 +509,7 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
         children=list(children.values()),
         progress={
             "done": len(children),
-            "planned": len(job.plan),
+            "planned": len(facts.rows),
             "failed": sum(job.ledger.failure(e.key) is not None for e in facts.missing()),
         },
         attribution=attribution,

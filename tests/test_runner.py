@@ -92,8 +92,11 @@ def test_a_finished_job_evaluates_nothing(again):
 
 def test_a_larger_budget_reuses_every_finished_coalition(again, done):
     job = again(estimator={**TINY["estimator"], "budget": 12})
-    facts = outlook.plan(job)["evaluations"]
-    assert (facts["reused"], facts["new"]) == (len(done.plan), 4)
+    facts = outlook.plan(job)
+    evaluations, text = facts["evaluations"], outlook.plan_text(facts)
+    assert (evaluations["reused"], evaluations["new"]) == (len(done.plan), 4)
+    assert f"{len(done.plan)} reused" in text
+    assert "estimator.budget: 8 -> 12  (which coalitions)" in text
     work_through(job)
     assert trained(job) == trained(done) + 4
 
