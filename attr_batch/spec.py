@@ -131,7 +131,7 @@ class Validation(Part):
         default=3, ge=1, le=50, description="Seeds of the estimator's design that are averaged."
     )
     estimators: tuple[Literal["ridge", "paired_ls", "gp", "reference"], ...] = Field(
-        default=("ridge", "paired_ls", "reference"),
+        default=("ridge", "paired_ls", "gp", "reference"),
         description="Read the same designs; `reference` also its own, as published.",
     )
     counterfactuals: tuple[Counterfactual, ...] = Field(
