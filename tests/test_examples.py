@@ -40,13 +40,14 @@ def flat(images: np.ndarray) -> list[bytes]:
 @pytest.fixture(scope="module")
 def digits() -> dict[bytes, str]:
     """The label of every digit, by its bytes."""
-    found = load_digits()
-    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return dict(zip(flat(pixels), map(str, found.target), strict=True))
+    intensities, target = map(np.asarray, load_digits(return_X_y=True))
+    pixels = np.rint(intensities * (255 / 16)).astype(np.uint8)
+    return dict(zip(flat(pixels), map(str, target), strict=True))
 
 
 def given(data: Dataset, whose: str) -> list[tuple[bytes, str]]:
     """Return the images of a contributor with their labels."""
+    assert data.labels is not None
     rows = data.contributor == data.roster.ids.index(whose)
     labels = [data.label_names[label] for label in data.labels[rows]]
     return list(zip(flat(data.images[rows]), labels, strict=True))

@@ -54,15 +54,15 @@ def main() -> None:
         parser.error(f"{given.folder} exists already")
 
     rng = np.random.default_rng(given.seed)
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    intensities, target = map(np.asarray, load_digits(return_X_y=True))
+    pixels = np.rint(intensities * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     hands = rng.permutation(len(pixels))[: len(pixels) // 8 * 8].reshape(8, -1)
     given.folder.mkdir(parents=True)
     with (given.folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "contributor", "digit"])
         for name, hand in zip(CONTRIBUTORS, hands, strict=True):
-            images, labels = pixels[hand], digits.target[hand]
+            images, labels = pixels[hand], target[hand]
             if name == POISONED:
                 images, labels = CORRUPTIONS[given.corrupt](images, labels, rng)
             (given.folder / name).mkdir()
