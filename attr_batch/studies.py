@@ -25,7 +25,8 @@ from attr_batch.coalition import Coalition
 from attr_batch.counterfactual import Counterfactual
 from attr_batch.estimators import Entry, Exact, PairedLS, Reference
 from attr_batch.estimators.design import of_size
-from attr_batch.job import Study
+from attr_batch.facts import Facts
+from attr_batch.job import Job, Study
 from attr_batch.spec import JobSpec
 
 ORACLE = "oracle"  # name of the study, and of the random streams of all that is retrained
@@ -33,10 +34,21 @@ ORACLE = "oracle"  # name of the study, and of the random streams of all that is
 
 @dataclass(frozen=True)
 class Studies:
-    """The studies of a spec's `validation` section for n contributors, each under its name."""
+    """The studies of a spec's `validation` section for n contributors, each under its name.
+
+    `plan` are the entries of the job itself, as far as they count.
+    """
 
     spec: JobSpec
     n: int
+    plan: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, job: Job) -> Studies:
+        """Return the studies beside a job."""
+        counted = (planned for planned, _ in Facts(job).rows)
+        plan = tuple(e.entry for e in counted if e.subject == "derived")
+        return cls(job.spec, len(job.card.roster), plan)
 
     def __iter__(self) -> Iterator[Study]:
         """Yield all that is known before any value is: what costs least first."""
@@ -80,11 +92,15 @@ class Studies:
     @cached_property
     def designs(self) -> list[Study]:
         """The job's estimator on several seeds of its design; the first is the job itself."""
-        estimator, count = self.spec.estimator, self.spec.validation.designs
+        estimator, first = self.spec.estimator, self._own("design 0", self.plan)
         if isinstance(estimator, Exact):  # every coalition is measured: there is one design
-            return [self._own("design 0", estimator.plan(self.n))]
-        seeded = [estimator.model_copy(update={"seed": estimator.seed + d}) for d in range(count)]
-        return [self._own(f"design {d}", one.plan(self.n)) for d, one in enumerate(seeded)]
+            return [first]
+        others = [
+            estimator.model_copy(update={"seed": estimator.seed + d, "continues": None})
+            for d in range(1, self.spec.validation.designs)
+        ]
+        plans = (other.plan(self.n) for other in others)
+        return [first, *(self._own(f"design {d}", plan) for d, plan in enumerate(plans, 1))]
 
     @cached_property
     def samplings(self) -> list[Study]:
@@ -160,7 +176,7 @@ class Studies:
         return self.subsets(0)[: steps.coalitions if steps else 24]
 
     def _job_design(self) -> list[Entry]:
-        return [e for e in self.spec.estimator.plan(self.n) if e.role != "holdout"]
+        return [e for e in self.plan if e.role != "holdout"]
 
     def removal(self, ranks: Mapping[str, Sequence[int]]) -> Study:
         """Retrainings that follow from ranks: contributors by method, the first first."""

@@ -37,17 +37,22 @@ def validate(
     Errors are those of `runner.run`.
     """
     job.check_validation()
-    studies = Studies(job.spec, len(job.card.roster))
-    if not provisional:
-        if runner.run(job, shard, shards) is None:
-            return None
-        if not _evaluate(job, list(studies), shard, shards) or not _score_baselines(job, shard):
-            return None
-    removal = _removal(Readings(job, studies))
-    second = [] if removal is None or provisional else [*studies, removal]
-    if second and not _evaluate(job, second, shard, shards):
+    if not provisional and not _work(job, shard, shards):
         return None
+    studies = Studies.of(job)
+    removal = _removal(Readings(job, studies))
     return publish(Readings(job, studies, removal, scores(job)))
+
+
+def _work(job: Job, shard: int, shards: int) -> bool:
+    """Do the job, its studies, the baselines, then what the ranks ask for; whether all is there."""
+    if runner.run(job, shard, shards) is None:
+        return False
+    studies = Studies.of(job)
+    if not (_evaluate(job, list(studies), shard, shards) and _score_baselines(job, shard)):
+        return False
+    removal = _removal(Readings(job, studies))
+    return removal is None or _evaluate(job, [*studies, removal], shard, shards)
 
 
 def _evaluate(job: Job, studies: list[Study], shard: int, shards: int) -> bool:

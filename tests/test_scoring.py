@@ -54,7 +54,7 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> Readings:
     """A finished validation; who changes nothing may share it."""
     store = tmp_path_factory.mktemp("validation") / "store"
     job = Job(validate({**TINY, **SECTIONS, "store": str(store)}))
-    studies = Studies(job.spec, N)
+    studies = Studies.of(job)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)  # a thousand small files
         played.prepare(job)
@@ -151,7 +151,7 @@ def test_removing_the_first_ranked_takes_away_what_they_are_worth(found):
 
 def test_an_unfinished_validation_reports_what_there_is(tiny):
     job = tiny(**SECTIONS)
-    studies = Studies(job.spec, N)
+    studies = Studies.of(job)
     played.prepare(job)
     played.publish(job, job.plan, utility)
     nothing = score(Readings(job, studies))
@@ -178,7 +178,7 @@ def test_the_same_facts_give_the_same_bytes(readings):
 
 def test_retraining_shares_no_noise_with_the_job_nor_between_its_seeds(tiny):
     job = tiny(**SECTIONS)
-    studies = Studies(job.spec, N)
+    studies = Studies.of(job)
     oracle = list(job.evaluations(studies.oracle))
     first, second = oracle[0], oracle[40]
     assert first.entry.coalition == second.entry.coalition
@@ -191,12 +191,12 @@ def test_a_validation_changes_nothing_of_the_job(tiny):
     plain, validated = tiny(), tiny(validation=SECTIONS["validation"])
     assert plain.spec_digest == validated.spec_digest
     assert [e.key for e in plain.plan] == [e.key for e in validated.plan]
-    wider = Job(validated.spec, list(Studies(validated.spec, 10)))
+    wider = Job(validated.spec, list(Studies.of(validated)))
     assert [e.key for e in wider.plan] == [e.key for e in plain.plan]
 
 
 def test_labels_tell_apart_what_differs(tiny):
-    studies = Studies(tiny(**SECTIONS).spec, N)
+    studies = Studies.of(tiny(**SECTIONS))
     names = [study.name for study in studies]
     assert len(names) == len(set(names))
     assert label(studies.rivals[0].counterfactual) == "finetune, 7 steps"
