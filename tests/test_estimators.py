@@ -35,6 +35,7 @@ from attr_batch.estimators import (
 from attr_batch.estimators.attribution import chance95, spearman
 from attr_batch.estimators.observations import gather, indicators
 from attr_batch.estimators.ridge import FADING, fading_shapley, ridge
+from attr_batch.estimators.semivalue import exact
 
 SAMPLED = (Reference, PairedLS, Ridge)
 FAMILY = (*SAMPLED, GaussianProcess, Permutation)
@@ -398,7 +399,9 @@ def test_with_all_coalitions_every_axiom_holds(case):
 def test_regression_with_all_coalitions_is_the_definition(case):
     n, seed = case
     rows = gather(table(np.random.default_rng(seed).normal(size=1 << n), n), n).rows
-    phi = regression.exact(rows)[0]
+    measured = exact(rows, "shapley")
+    assert measured is not None
+    phi = measured[0]
     np.testing.assert_allclose(regression.paired_least_squares(rows).phi, phi, atol=1e-9)
 
 
@@ -746,7 +749,9 @@ def test_the_endpoints_noise_does_not_make_an_exact_interval_reliable():
         assert found.interval.reliable is (repeats >= 3)
         assert found.interval.df == (repeats if repeats >= 3 else 10 + repeats)
     rows = gather(calm, n)
-    _, unit = regression.exact(rows.rows)
+    measured = exact(rows.rows, "shapley")
+    assert measured is not None
+    unit = measured[1]
     assert rows.noise.full.sd is not None
     assert rows.noise.repeats_sd is not None
     variance = unit * rows.noise.repeats_sd**2 + rows.noise.full.sd**2 / 6 / n**2

@@ -84,7 +84,7 @@ def test_the_restricted_likelihood_is_at_its_maximum():
         r = y - G @ np.linalg.solve(inner, G.T @ np.linalg.solve(V, y))
         likelihood = (m - q) * np.log(r @ np.linalg.solve(V, r))
         likelihood += np.linalg.slogdet(V)[1] + np.linalg.slogdet(inner)[1]
-        return likelihood + (((x + 1) / 7) ** 2).sum()
+        return likelihood + (((x + 3) / 2) ** 2).sum()
 
     x, at = np.log(fit.tau), criterion(np.log(fit.tau))
     for step in (0.3, -0.3):

@@ -7,7 +7,7 @@ import pytest
 
 from attr_batch.coalition import Coalition
 from attr_batch.errors import DataError, SpecError
-from attr_batch.estimators import Observation, Reference, Ridge
+from attr_batch.estimators import Observation, Permutation, Reference, Ridge
 from attr_batch.table import DESIGN_COLUMNS, read_values, write_design
 
 GOOD = ["000,0", "111,3", "100,1", "011,2", "010,1.5", "101,1.5"]
@@ -55,6 +55,21 @@ def test_repeats_of_the_paper_design_are_replicates(tmp_path):
     )
     assert len(observations) == len(plan)
     assert len({o.coalition for o in observations}) < len(plan)
+
+
+@pytest.mark.parametrize("estimator", [Ridge(budget=40, repeats=0.1), Permutation(budget=20)])
+def test_repeats_and_permutations_come_back(estimator, tmp_path):
+    plan = estimator.plan(6)
+    stream = io.StringIO()
+    write_design(plan, stream)
+    header, *lines = stream.getvalue().splitlines()
+    roles = [line.split(",")[-1] for line in lines]
+    assert roles == [e.sequence for e in plan]
+    filled = [f"{line},{line.split(',')[1].count('1')}" for line in lines]
+    observations, n = read(tmp_path, csv(*filled, header=f"{header},value"))
+    assert [o.role for o in observations] == [e.role for e in plan]
+    found = estimator.estimate(observations, n)
+    assert found.values == pytest.approx([1.0] * 6, abs=1e-6)
 
 
 def test_only_coalition_and_value_are_needed(tmp_path):

@@ -274,7 +274,7 @@ class GaussianProcess(_Paired):
         return with_interval(
             found,
             "gp-posterior",
-            None if fit.collapsed else fit.variance,
+            None if fit.collapsed or rows.pairs <= n else fit.variance,
             fit.df,
             not fit.collapsed and rows.pairs >= PAIRS_PER_CONTRIBUTOR * n,
             by_empty=fit.by_empty,

@@ -18,8 +18,9 @@ A semivalue is a linear functional, so its posterior is known exactly whatever n
 product over the contributors (compare Chau et al. 2022, "RKHS-SHAP"), of the others a sum over the
 sizes. Regression as in Rasmussen and Williams 2006, sections 2.7 and 5.4.1.
 
-The tau maximise the restricted likelihood times a wide log-normal prior, which only matters where
-few rows say nothing of a component.
+The tau maximise the restricted likelihood times a log-normal prior that a component is small. Six
+variances from a few rows need one: without it the error was 2 % larger at 5n evaluations, and at n
+evaluations larger than that of giving everyone the same.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from attr_batch.estimators.ridge import FADING, ridge
 from attr_batch.estimators.semivalue import Semivalue, mixture, size_weights
 
 _DISTANCE = 2.0  # the interactions' decay over n contributors
-_PRIOR_MEAN, _PRIOR_SD = -1.0, 7.0  # of log tau
+_PRIOR_MEAN, _PRIOR_SD = -3.0, 2.0  # of log tau
 _BOUNDS = (-12.0, 20.0)
-_EVIDENCE = 2.0  # of -2 log likelihood against no effects: with less, everyone gets the same
+_EVIDENCE = 10.0  # of -2 log likelihood for any effects, over the rows: below, there are none
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def gaussian_process(rows: Rows, semivalue: Semivalue) -> Posterior:
     model = _Model([k.K for k in kernels], y / unit, 1 / rows.count[order], basis)
     tau = model.most_likely()
     fit, none = model.solve(tau), model.solve(np.zeros(len(kernels)))
-    collapsed = none.criterion - fit.criterion < _EVIDENCE
+    collapsed = none.criterion - fit.criterion < _EVIDENCE / len(y)
     if collapsed:
         tau, fit = np.zeros(len(kernels)), none
 
