@@ -59,8 +59,10 @@ class Studies:
         yield from self.steps
         yield from self.rivals
         yield self.oracle
-        yield self.left_out_retrained
-        if self.spec.validation.reference:
+        section = self.spec.validation
+        if section.reference or section.removal is not None:  # both are compared with all retrained
+            yield self.left_out_retrained
+        if section.reference:
             yield self.reference
 
     @cached_property
