@@ -94,8 +94,8 @@ def test_glove_values_are_the_textbook_ones():
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 7, 20, 64, 258])
 def test_a_larger_budget_extends_a_smaller_one(estimator, n):
     fewest = 2 * n if estimator is Permutation else 0
-    small = estimator(budget=20 + fewest, holdout=0, seed=3).plan(n)
-    large = estimator(budget=60 + fewest, holdout=0, seed=3).plan(n)
+    small = estimator(budget=20 + fewest, holdout=0, repeats=0, seed=3).plan(n)
+    large = estimator(budget=60 + fewest, holdout=0, repeats=0, seed=3).plan(n)
     assert large[: len(small)] == small
 
 
@@ -105,7 +105,7 @@ def test_holdout_does_not_depend_on_the_budget_and_is_disjoint(n):
     held = []
     for estimator, budget in itertools.product((PairedLS, Ridge), budgets):
         plan = estimator(budget=budget, holdout=8).plan(n)
-        pairs = {min(e.coalition, e.coalition.complement()) for e in plan if e.role == "design"}
+        pairs = {min(e.coalition, e.coalition.complement()) for e in plan if e.sequence == "design"}
         held.append([e.coalition for e in plan if e.role == "holdout"])
         assert all(min(c, c.complement()) not in pairs for c in held[-1])
         assert len(set(held[-1])) == len(held[-1])
@@ -130,7 +130,7 @@ def test_the_paper_s_holdout_leaves_out_what_was_drawn(n):
 
 def test_when_everything_is_measured_nothing_is_held_out():
     plan = Ridge(budget=30, holdout=8).plan(5)
-    assert len({e.coalition for e in plan if e.role == "design"}) == 30
+    assert len({e.coalition for e in plan if e.sequence == "design"}) == 30
     assert not [e for e in plan if e.role == "holdout"]
 
 
@@ -187,7 +187,9 @@ def test_repeats_tell_the_noise():
 @pytest.mark.parametrize(("sizes", "inside"), [("uniform", (1, 19)), ((0.2, 0.8), (4, 16))])
 def test_sizes_of_the_paired_design(sizes, inside):
     n, low, high = 20, *inside
-    entries = [e for e in Ridge(budget=600, sizes=sizes, holdout=0).plan(n) if e.role == "design"]
+    entries = [
+        e for e in Ridge(budget=600, sizes=sizes, holdout=0).plan(n) if e.sequence == "design"
+    ]
     assert len({e.coalition for e in entries}) == len(entries) == 600
     count = np.bincount([e.coalition.size for e in entries], minlength=n + 1)
     assert count[:low].sum() == count[high + 1 :].sum() == 0
@@ -218,7 +220,7 @@ def test_a_window_without_complements_is_refused(window):
 
 @pytest.mark.parametrize("n", [5, 10, 20, 258])
 def test_pairs_are_complements_and_never_repeat(n):
-    entries = [e for e in Ridge(budget=min(400, 2**n - 2)).plan(n) if e.role == "design"]
+    entries = [e for e in Ridge(budget=min(400, 2**n - 2)).plan(n) if e.sequence == "design"]
     for k, (a, b) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
         assert a.coalition.complement() == b.coalition
         assert a.pair == b.pair == k
@@ -229,7 +231,7 @@ def test_pairs_are_complements_and_never_repeat(n):
 @pytest.mark.parametrize("n", [2, 3, 4, 6])
 def test_a_full_budget_enumerates_and_more_repeats_as_replicates(n):
     every = (1 << n) - 2
-    entries = [e for e in Ridge(budget=2 * every).plan(n) if e.role == "design"]
+    entries = [e for e in Ridge(budget=2 * every).plan(n) if e.sequence == "design"]
     assert {e.coalition for e in entries[:every]} == {e.coalition for e in entries[every:]}
     assert [e.replicate for e in entries] == [0] * every + [1] * every
 
@@ -266,7 +268,7 @@ def test_draw_probability_is_conditional_on_what_was_drawn():
 
 
 def test_batches_are_whole_pairs():
-    entries = [e for e in Ridge(budget=100).plan(20) if e.role == "design"]
+    entries = [e for e in Ridge(budget=100).plan(20) if e.sequence == "design"]
     assert Counter(e.batch for e in entries) == dict.fromkeys(range(5), 20)
 
 
@@ -279,7 +281,7 @@ def test_endpoints_come_first_with_their_replicates():
 
 
 def test_the_paper_s_repeats_are_replicates():
-    entries = [e for e in Reference(budget=200).plan(6) if e.role == "design"]
+    entries = [e for e in Reference(budget=200).plan(6) if e.sequence == "design"]
     seen = Counter()
     for e in entries:
         assert e.replicate == seen[e.coalition]
@@ -347,8 +349,8 @@ def test_what_cannot_be_planned_is_refused():
 
 
 def test_the_default_budget_is_six_a_contributor_or_everything():
-    assert sum(e.role == "design" for e in Ridge().plan(20)) == 120
-    assert sum(e.role == "design" for e in Ridge().plan(4)) == 14
+    assert sum(e.sequence == "design" for e in Ridge().plan(20)) == 120
+    assert sum(e.sequence == "design" for e in Ridge().plan(4)) == 14
 
 
 def test_the_union_reads_every_kind():
@@ -809,7 +811,7 @@ def test_fewer_than_three_held_out_say_nothing():
 
 
 def test_to_json_has_every_key_and_no_share_where_signs_differ():
-    one = Ridge(budget=60)
+    one = Ridge(budget=60, repeats=0)
     ids = [f"c{i}" for i in range(10)]
     body = one.estimate(observe(one.plan(10), games.mean_quality(10, 1)), 10).to_json(
         ids, [5] * 10, ["d"] * 10, planned=80, failed=1

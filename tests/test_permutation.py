@@ -160,8 +160,8 @@ def test_every_order_is_equally_likely():
 
 
 def test_the_default_budget_is_whole_permutations():
-    assert sum(e.role == "design" for e in Permutation().plan(20)) == 6 * 19
-    assert sum(e.role == "design" for e in Permutation().plan(4)) == 14
+    assert sum(e.sequence == "design" for e in Permutation().plan(20)) == 6 * 19
+    assert sum(e.sequence == "design" for e in Permutation().plan(4)) == 14
     assert comb(20, 1) == sum(
         e.coalition.size == 1 for e in design.prefix(design.permutations(20, 0), 4000)
     )
