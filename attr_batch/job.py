@@ -448,14 +448,15 @@ class Job:
     def batches(self) -> tuple[tuple[Evaluation, ...], ...]:
         """The plan in the parts between which a job with a target may stop; else it is one part.
 
-        What is not of the design belongs to the first, so that every interval has its endpoints.
+        Repeats come with what they repeat. Endpoints and holdout belong to the first part, so that
+        every interval has its endpoints.
         """
         if self.target is None:
             return (self.plan,)
         parts: dict[int, list[Evaluation]] = {0: []}
         for evaluation in self.plan:
             entry = evaluation.entry
-            batch = entry.batch if entry.sequence == "design" else 0
+            batch = entry.batch if entry.sequence in ("design", "repeat") else 0
             parts.setdefault(batch, []).append(evaluation)
         return tuple(tuple(parts[batch]) for batch in sorted(parts))
 

@@ -58,15 +58,25 @@ _SEMIVALUES = {
     ),
     "leave_one_out": "the change in {title} when its images alone are taken away",
 }
+# By the beginning of `interval.method`.
+_INTERVALS = {
+    "paired-ls": "The intervals belong to the least-squares values, not to the estimator's, which "
+    "is steadier but biased towards an equal split.",
+    "replicates": "Every coalition was measured: the intervals hold the noise of training alone.",
+    "permutation": "The intervals come from how much the values differ between permutations.",
+    "gp": "The intervals are the model's own opinion of itself (a Gaussian process's posterior): "
+    "they rest on its assumptions, and tend to be too narrow.",
+}
+_COVERED = (
+    " They cover the choice of coalitions and the noise of training; not the choice of property, "
+    "model or starting noise."
+)
 _LIMITATIONS = (
     "A property is measured with an instrument of our own (a small classifier, clusters) fitted "
     "to this job's images. Its figures compare models of this job with each other; they are not "
     "comparable with published scores, which use ImageNet's network.",
     "Every model draws its samples from the same starting noise. That removes most of the noise "
     "between models, and it makes every value conditional on that one set of noise.",
-    "The intervals belong to the least-squares values, not to the estimator's, which is steadier "
-    "but biased towards an equal split. They cover the choice of coalitions and the noise of "
-    "training; not the choice of property, model or starting noise.",
     "A contributor who splits into two, or adds near-copies of the others' images, changes the "
     "values of all. The values are right for this list of contributors only.",
     "v(empty) is the score of a network without any training (or of the base without adapter). "
@@ -237,7 +247,7 @@ def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
         ("others", "Other properties", "".join(_folded(a, facts[a["property"]]) for a in others)),
         ("cost", "What it took", _cost(evidence, cost)),
         ("provenance", "Provenance", _provenance(first, evidence)),
-        ("limits", "What this does not say", bullets(_LIMITATIONS)),
+        ("limits", "What this does not say", bullets(_limitations(first))),
     ]
     header = (
         f'<p class="over">Attribution statement</p><h1>{safe(evidence["job"])}</h1>'
@@ -253,6 +263,12 @@ def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
         if evidence["provisional"]
         else "",
     )
+
+
+def _limitations(attribution: Mapping[str, Any]) -> list[str]:
+    method = attribution["interval"]["method"]
+    said = next(text for name, text in _INTERVALS.items() if method.startswith(name))
+    return [*_LIMITATIONS[:2], said + _COVERED, *_LIMITATIONS[2:]]
 
 
 def _lead(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
@@ -317,9 +333,10 @@ def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
     )
     if any(c["ls_value"] is not None for c in attribution["contributors"]):
         shape = "◇" if len(ranked) <= MOST_ROWS else "│"
+        its = attribution["interval"]["method"].startswith(("paired-ls", "replicates"))
         legend += (
             f'<span class="key"><i class="k-ls" aria-hidden="true">{shape}</i> value by paired '
-            f"least squares, with its {confidence} interval</span>"
+            f"least squares{f', with its {confidence} interval' if its else ''}</span>"
         )
     slope = attribution["shrinkage_slope"]
     if slope is not None:
@@ -327,8 +344,27 @@ def _values(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:
             f'<span class="key">The estimator shrinks towards an equal split: a true difference '
             f"of 1 shows as about {slope:.2f}.</span>"
         )
+    legend += _surrogate(attribution)
     title = f"{facts['title']}: value and interval of each contributor"
     return text + plate(interval_svg(dict(attribution), title), legend)
+
+
+def _surrogate(attribution: Mapping[str, Any]) -> str:
+    """Say what the free game of training images was worth; '' where there was none."""
+    use = attribution.get("surrogate")
+    if not use:
+        return ""
+    said = "The same property of the coalitions' own training images "
+    if not use["weight"]:
+        said += "was tried as a guide and left out: it explained nothing more."
+    else:
+        said += (
+            f"guides the values, with weight {use['weight']:.2g}: it explains "
+            f"{100 * use['share']:.0f} % of what the size leaves of the utilities."
+        )
+    if use["alone"]:
+        said += " The models add nothing to it but that weight."
+    return f'<span class="key">{safe(said)}</span>'
 
 
 def _table(

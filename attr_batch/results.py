@@ -35,7 +35,12 @@ CAPTIONS = {
     "pruned": "Pruned and recovered, before any coalition",
     "untrained": "Untrained network",
 }
-ROLES: Any = {"endpoint": "endpoint", "design": "design", "holdout": "holdout"}
+ROLES: Any = {
+    "endpoint": "endpoint",
+    "design": "design",
+    "repeat": "design",
+    "holdout": "holdout",
+}
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,9 @@ class Pseudonyms:
         )
 
     def _validation(self, validation: Validation) -> Validation:
-        ids = self._ids(validation["contributors"])
-        return {**self.free(validation), "contributors": ids}
+        found: Any = self.free(validation)
+        found["contributors"] = self._ids(validation["contributors"])
+        return found
 
     def _ids(self, names: Iterable[str]) -> list[str]:
         return [self._names[name] for name in names]

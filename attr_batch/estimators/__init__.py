@@ -79,15 +79,15 @@ class _Budgeted(Part):
     share of the design that is measured twice, which tells the noise; it comes on top.
     """
 
-    budget: int | None = Field(None, ge=2, le=200_000)
+    budget: int | None = Field(default=None, ge=2, le=200_000)
     seed: int = 0
     confidence: Confidence = 0.95
-    holdout: int = Field(12, ge=0, le=10_000)
-    repeats: float = Field(0.0, ge=0, le=1)
-    endpoint_replicates: int = Field(4, ge=1, le=100)
-    max_failed: int = Field(0, ge=0)
-    target_half_width: float | None = Field(None, gt=0)
-    continues: str | None = Field(None, pattern="^[0-9a-f]{8,64}$")
+    holdout: int = Field(default=12, ge=0, le=10_000)
+    repeats: float = Field(default=0.05, ge=0, le=1)
+    endpoint_replicates: int = Field(default=4, ge=1, le=100)
+    max_failed: int = Field(default=0, ge=0)
+    target_half_width: float | None = Field(default=None, gt=0)
+    continues: str | None = Field(default=None, pattern="^[0-9a-f]{8,64}$")
 
     @field_validator("budget")
     @classmethod
@@ -150,6 +150,7 @@ class Reference(_Budgeted):
     """The paper's own: independent draws by the Shapley kernel and the closed form of Eq. 5."""
 
     kind: Literal["reference"] = "reference"
+    repeats: float = Field(default=0.0, ge=0, le=1)
     interval: regression.Sandwich = "hc2"
     semivalue: ShapleyOnly = "shapley"
 
@@ -293,6 +294,12 @@ class Permutation(_Budgeted):
     kind: Literal["permutation"] = "permutation"
     semivalue: ShapleyOnly = "shapley"
 
+    @field_validator("continues")
+    @classmethod
+    def _starts_anew(cls, continues: str | None) -> None:
+        if continues is not None:
+            raise ValueError("permutations cannot go on from another job: it would break orders")
+
     def _design(self, n: int) -> Iterator[Entry]:
         return design.permutations(n, self.seed)
 
@@ -345,7 +352,7 @@ class Exact(Part):
     kind: Literal["exact"] = "exact"
     semivalue: Semivalue = "shapley"
     confidence: Confidence = 0.95
-    endpoint_replicates: int = Field(4, ge=1, le=100)
+    endpoint_replicates: int = Field(default=4, ge=1, le=100)
     max_failed: Literal[0] = 0
 
     def plan(self, n: int) -> list[Entry]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb
 from typing import Literal
 
 import numpy as np
@@ -213,21 +212,6 @@ def paired_least_squares(rows: Rows, sandwich: Sandwich = "hc2") -> LeastSquares
         residual=float(residual @ residual / df) if df > 0 else None,
         weight=float(weight),
     )
-
-
-# ------------------------------------------------------------------ every coalition measured
-
-
-def exact(rows: Rows) -> tuple[Array, Array]:
-    """Return the values by the definition, and their variance for unit variance of a measurement.
-
-    Needs `rows.complete`. The endpoints' part of the variance is left to the caller.
-    """
-    n, s = rows.n, rows.s.astype(int)
-    gain = np.array([0.0, *(1 / (n * comb(n - 1, k - 1)) for k in range(1, n + 1))])
-    loss = np.array([*(1 / (n * comb(n - 1, k)) for k in range(n)), 0.0])
-    C = np.where(rows.Z > 0, gain[s][:, None], -loss[s][:, None])
-    return rows.delta / n + C.T @ rows.v, (C * C).T @ (1 / rows.replicates)
 
 
 # ------------------------------------------------------------------ what a coalition would give

@@ -122,7 +122,7 @@ def test_a_validation_is_interrupted_resumed_and_reported(folder):
         for run in client.search_runs([experiment.experiment_id])
         if "mlflow.parentRunId" not in run.data.tags
     )
-    assert parent.data.metrics["cluster_entropy/lds alpha=0.5"] == pytest.approx(
+    assert parent.data.metrics["cluster_entropy/lds alpha_0.5"] == pytest.approx(
         entropy["methods"][0]["lds"]["alpha=0.5"]["value"]
     )
     sent = {item.path for item in client.list_artifacts(parent.info.run_id, "validation")}
