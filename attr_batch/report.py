@@ -267,8 +267,8 @@ def page(attribution: Mapping[str, Any], evidence: Evidence, cost: Cost) -> str:
 
 def _limitations(attribution: Mapping[str, Any]) -> list[str]:
     method = attribution["interval"]["method"]
-    said = next(text for name, text in _INTERVALS.items() if method.startswith(name))
-    return [*_LIMITATIONS[:2], said + _COVERED, *_LIMITATIONS[2:]]
+    said = [text + _COVERED for name, text in _INTERVALS.items() if method.startswith(name)]
+    return [*_LIMITATIONS[:2], *said, *_LIMITATIONS[2:]]
 
 
 def _lead(attribution: Mapping[str, Any], facts: PropertyEvidence) -> str:

@@ -184,7 +184,7 @@ def _property(
         "efficiency_gap": 2.2e-16,
         "contributors": contributors,
         "interval": {
-            "method": "paired least squares, HC2",
+            "method": "paired-ls-hc2-t",
             "confidence": 0.95,
             "df": pairs - n,
             "pairs": pairs,
