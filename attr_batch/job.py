@@ -24,6 +24,7 @@ from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecErr
 from attr_batch.estimators import Entry, Role, Surrogate
 from attr_batch.estimators.continued import continued
 from attr_batch.estimators.surrogate import DataStatistics
+from attr_batch.instruments import LabelClassifier
 from attr_batch.ledger import Ledger, seal
 from attr_batch.predecessor import Predecessor, find
 from attr_batch.properties import Call, Instrument, Property
@@ -293,6 +294,12 @@ class Job:
         """What making each of `things` is called in the accounts."""
         fitted = len(self.instruments) + len(self.statistics)
         return ["trained model", "pruned model", *["instruments"] * fitted]
+
+    @cached_property
+    def classified(self) -> Property | None:
+        """The first property that is read from the labels' classifier; None without one."""
+        read_by = (p for p in self.spec.properties if isinstance(p.instrument(), LabelClassifier))
+        return next(read_by, None)
 
     @cached_property
     def statistics(self) -> dict[str, Any]:

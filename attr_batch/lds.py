@@ -29,6 +29,8 @@ from attr_batch.recipe import derive_seed
 
 DRAWS = 1000
 FOLDS = 10
+ROWS_PER_CONTRIBUTOR = 4  # with fewer retrainings an additive fit shows its own error, no limit
+_ALMOST = 1 - 1e-9  # of a correlation, where Fisher's transformation ends
 _FEWEST = 5  # coalitions of which a correlation says anything
 
 
@@ -161,9 +163,13 @@ def ceiling(oracle: Oracle, draws: Draws) -> Estimate:
 
 
 def additivity(oracle: Oracle, draws: Draws) -> Estimate:
-    """Return what the best additive model scores: fitted to the retrainings, cross-validated."""
-    m = oracle.v.shape[1]
-    if m < 2 * FOLDS:
+    """Return what the best additive model scores: fitted to the retrainings, cross-validated.
+
+    A lower bound of what additive values can reach, as the fit has an error of its own. None below
+    `ROWS_PER_CONTRIBUTOR` retrained coalitions for each contributor.
+    """
+    m, n = oracle.Z.shape
+    if m < ROWS_PER_CONTRIBUTOR * n:
         return interval(None, np.zeros(0))
     target, predicted = oracle.v.mean(axis=0), np.zeros(m)
     fold = np.random.default_rng(derive_seed("folds", m)).permutation(m) % FOLDS
@@ -174,7 +180,10 @@ def additivity(oracle: Oracle, draws: Draws) -> Estimate:
 
 
 def _additive(Z: Array, y: Array, new: Array) -> Array:
-    """Predict by an additive model with an intercept, ridge by generalised cross-validation."""
+    """Predict, but for a constant, by an additive ridge; lambda by generalised cross-validation.
+
+    Without the mean of y: over folds it runs against what is left out of it.
+    """
     centre = Z.mean(axis=0)
     U, d, Vt = np.linalg.svd(Z - centre, full_matrices=False)
     c = U.T @ (y - y.mean())
@@ -187,7 +196,7 @@ def _additive(Z: Array, y: Array, new: Array) -> Array:
         if criterion < best:
             best = criterion
             coefficients = Vt.T @ (c * d / (d * d + lam))
-    return y.mean() + (new - centre) @ coefficients
+    return (new - centre) @ coefficients
 
 
 def floor(oracle: Oracle) -> float:
@@ -210,16 +219,21 @@ def agreement(
 ) -> Estimate:
     """Return the correlation of values (designs, n), averaged, with reference (n,).
 
-    The interval is over designs and over the reference's own draws (k, n).
+    The interval is over designs and over draws (k, n) of the reference with its noise added anew.
+    These correlate less than the reference itself does, which has that noise once: so only their
+    spread is used, around the figure, on Fisher's scale.
     """
     value = pearson(values.mean(axis=0), reference)
+    if value is None or not len(reference_draws):
+        return interval(value, np.zeros(0))
     rng = np.random.default_rng(derive_seed("agreement", seed, len(values)))
     weights = _counts(rng, len(values), draws) / len(values)
-    picks = rng.integers(len(reference_draws), size=draws) if len(reference_draws) else []
+    picks = rng.integers(len(reference_draws), size=draws)
     found = [
         pearson(weights[b] @ values, reference_draws[pick]) or 0.0 for b, pick in enumerate(picks)
     ]
-    return interval(value, np.array(found))
+    z = np.arctanh(np.clip(found, -_ALMOST, _ALMOST))
+    return interval(value, np.tanh(np.arctanh(np.clip(value, -_ALMOST, _ALMOST)) + z - z.mean()))
 
 
 def correlation(x: Array, Y: Array, seed: int, draws: int = DRAWS) -> Estimate:

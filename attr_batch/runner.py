@@ -33,7 +33,6 @@ from attr_batch import __version__, outlook, results
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
 from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
-from attr_batch.instruments import LabelClassifier
 from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
@@ -183,8 +182,7 @@ class Laboratory:
         """Return what baselines see: the data, the trained model and what it draws."""
         from attr_batch.baselines import Material
 
-        read_by = (p for p in self.spec.properties if isinstance(p.instrument(), LabelClassifier))
-        classified = next(read_by, None)
+        classified = self.job.classified
         return Material(
             dataset=self.job.dataset,
             base=self.base,

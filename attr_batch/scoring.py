@@ -7,8 +7,10 @@ time. How a score and its interval are computed stands in `lds`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 from statistics import median
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from pydantic import TypeAdapter
 
 from attr_batch import __version__, lds
 from attr_batch.coalition import Coalition
-from attr_batch.errors import AttrBatchError
+from attr_batch.errors import DataError, SpecError
 from attr_batch.estimators import Attribution, Entry, Estimator, Observation, PairedLS, Reference
 from attr_batch.estimators.regression import Array
 from attr_batch.estimators.surrogate import control
@@ -34,7 +36,7 @@ from attr_batch.evidence import (
 from attr_batch.facts import Facts, one_thread
 from attr_batch.job import Job, Study
 from attr_batch.properties import Property
-from attr_batch.studies import Studies, label
+from attr_batch.studies import Studies
 
 Family = Literal["estimator", "counterfactual", "baseline"]
 _READER = TypeAdapter(Estimator)
@@ -50,6 +52,7 @@ class Readings:
     removal: Study | None = None
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _facts: dict[str, Facts] = field(default_factory=dict, init=False, repr=False)
+    _methods: dict[str, list[Values]] = field(default_factory=dict, init=False, repr=False)
 
     def facts(self, study: Study) -> Facts:
         """Return what the ledger holds of a study."""
@@ -66,31 +69,44 @@ class Readings:
             if (fact := facts.values.get((run.key, prop.name))) is not None
         }
 
-    def whole(self, study: Study, prop: Property, entries: Sequence[Entry]) -> bool:
-        """Return whether every one of a study's entries has its value."""
+    def lacking(self, study: Study, prop: Property, entries: Sequence[Entry]) -> int:
+        """Return how many of a study's entries have no value."""
         known = self.utilities(study, prop)
-        return all((e.coalition.mask, e.replicate) in known for e in entries)
+        return sum((e.coalition.mask, e.replicate) not in known for e in entries)
 
     def attribution(
         self, estimator: Any, study: Study, prop: Property, budget: int | None = None
     ) -> Attribution | None:
         """Return an estimator's reading of a study, or of its first `budget` design entries.
 
-        None while values are missing.
+        None while more values are missing than the job allows.
         """
         entries, known = fitted(study, budget), self.utilities(study, prop)
-        if not entries or not self.whole(study, prop, entries):
+        allowed = self.job.spec.estimator.max_failed
+        if not entries or self.lacking(study, prop, entries) > allowed:
             return None
+        surrogate, ends = self.job.surrogate(prop), self._published_ends(study, prop)
         observations = [
-            Observation(
-                e.coalition, known[e.coalition.mask, e.replicate], e.role, e.pair, e.replicate
-            )
+            Observation(e.coalition, ends.get(e.role, value), e.role, e.pair, e.replicate)
             for e in entries
+            if (value := known.get((e.coalition.mask, e.replicate))) is not None
         ]
         try:
-            return estimator.estimate(observations, self.studies.n, self.job.surrogate(prop))
-        except AttrBatchError:  # too few rows for this estimator
+            with one_thread():
+                return estimator.estimate(observations, self.studies.n, surrogate)
+        except DataError:  # too few rows for this estimator
             return None
+
+    def _published_ends(self, study: Study, prop: Property) -> dict[str, float]:
+        """Return the endpoints' values by role where they are the paper's: see `spec.endpoints`."""
+        if self.job.spec.endpoints == "derived" or study.streams:
+            return {}
+        facts = Facts(self.job)
+        found = {
+            "grand": facts.reference(prop, "trained"),
+            "empty": facts.reference(prop, "untrained"),
+        }
+        return {role: value for role, value in found.items() if value is not None}
 
     def seconds(self, study: Study, entries: Sequence[Entry] | None = None) -> float:
         """Return worker seconds of a study's evaluations, or of some of its entries'."""
@@ -118,8 +134,8 @@ class Readings:
             name = f"alpha={subsets.alpha:g}"
             found.append(lds.Oracle(name, subsets.alpha, _members(coalitions), np.array(v)))
         if section.reference:
-            known = self.utilities(studies.reference, prop)
-            design = [e.coalition for e in studies.reference.entries if e.role == "design"]
+            known, entries = self.utilities(studies.reference, prop), studies.reference.entries
+            design = [e.coalition for e in entries if e.role == "design" and not e.replicate]
             v = [[known.get((c.mask, 0), np.nan) for c in design]]
             found.append(lds.Oracle("mixed", None, _members(design), np.array(v)))
         return found
@@ -134,8 +150,7 @@ class Readings:
 def fitted(study: Study, budget: int | None = None) -> list[Entry]:
     """Return the entries that an estimator is fitted to, of the first `budget` of the design.
 
-    Coalitions to compare models on (sequence `oracle`) are not; planned repeats come with the
-    coalitions that they repeat.
+    Coalitions to compare models on (sequence `oracle`) are not; repeats come with what they repeat.
     """
     return [
         e
@@ -169,67 +184,88 @@ class Values:
 
 def methods(readings: Readings, prop: Property) -> list[Values]:
     """Return every method's values of a property, the job's own first; unfinished ones lack."""
+    if prop.name not in readings._methods:
+        found = [value for _, read in _methods(readings) if (value := read(prop)) is not None]
+        own = readings.job.spec.estimator.kind  # without it there is nothing to compare with
+        readings._methods[prop.name] = found if found and found[0].name == own else []
+    return readings._methods[prop.name]
+
+
+def names(readings: Readings) -> list[str]:
+    """Return what the methods of a finished validation are called."""
+    return [name for name, _ in _methods(readings)]
+
+
+def _methods(readings: Readings) -> Iterator[tuple[str, Callable[[Property], Values | None]]]:
     job, studies = readings.job, readings.studies
     own, section = job.spec.estimator, job.spec.validation
-    ours, retrained = label(job.spec.counterfactual), label(section.oracle)
-    headline = _estimated(readings, prop, own.kind, own, studies.designs)
-    if headline is None:  # nothing to compare anything with
-        return []
-    found: list[Values | None] = [headline]
-    found += [
-        _estimated(readings, prop, kind, _READER.validate_python({"kind": kind}), studies.designs)
-        for kind in section.estimators
-        if kind != own.kind
-    ]
+    ours, retrained = studies.label(job.spec.counterfactual), studies.label(section.oracle)
+
+    def estimated(
+        name: str, estimator: Any, designs: Sequence[Study], family: Family = "estimator"
+    ) -> tuple[str, Callable[[Property], Values | None]]:
+        return name, partial(_estimated, readings, name, estimator, designs, family)
+
+    yield estimated(own.kind, own, studies.designs)
+    for kind in section.estimators:
+        if kind != own.kind:
+            yield estimated(kind, _READER.validate_python({"kind": kind}), studies.designs)
     if studies.samplings:
-        title = "reference, own draws"
-        found.append(_estimated(readings, prop, title, Reference(), studies.samplings))
-    if job.surrogate(prop) is not None:
+        yield estimated("reference, own draws", Reference(), studies.samplings)
+    if job.statistics:
         plain = own.model_copy(update={"surrogate": "none"})
-        title = f"{own.kind}, no surrogate"
-        found.append(_estimated(readings, prop, title, plain, studies.designs))
-    found += [
-        _estimated(readings, prop, f"{s.name}, {own.kind}", own, [s], "counterfactual")
-        for s in studies.rivals
-    ]
+        yield estimated(f"{own.kind}, no surrogate", plain, studies.designs)
+    others = [s for s in studies.steps if len(s.entries) > len(studies.compared)]
+    for study in (*others, *studies.rivals):
+        if study.counterfactual != job.spec.counterfactual:
+            yield estimated(f"{study.name}, {own.kind}", own, [study], "counterfactual")
     if section.reference:
-        title, design = f"{retrained}, {own.kind}", [studies.reference]
-        found.append(_estimated(readings, prop, title, own, design, "counterfactual"))
-    found.append(_left_out(readings, prop, "leave_one_out", ours, studies.left_out))
-    title = f"{retrained}, leave_one_out"
-    found.append(_left_out(readings, prop, title, retrained, studies.left_out_retrained))
-    found.append(_alone(readings, prop, ours, studies.alone))
-    return [*(method for method in found if method is not None), *_baselines(readings, prop)]
+        yield estimated(f"{retrained}, {own.kind}", own, [studies.reference], "counterfactual")
+    for name, way, study in (
+        ("leave_one_out", ours, studies.left_out),
+        (f"{retrained}, leave_one_out", retrained, studies.left_out_retrained),
+    ):
+        yield name, partial(_left_out, readings, name, way, study)
+    yield "alone", partial(_alone, readings, ours, studies.alone)
+    if job.statistics:
+        yield "own images, shapley", partial(_own_images, readings)
+    for baseline in section.baselines:
+        name = studies.label(baseline)
+        yield name, partial(_baseline, readings, name)
 
 
 def _estimated(
     readings: Readings,
-    prop: Property,
     name: str,
     estimator: Any,
     designs: Sequence[Study],
-    family: Family = "estimator",
+    family: Family,
+    prop: Property,
 ) -> Values | None:
-    found = [(d, a) for d in designs if (a := readings.attribution(estimator, d, prop))]
+    # Up to the first that is not finished: so that all methods have the same designs in order.
+    read = (readings.attribution(estimator, design, prop) for design in designs)
+    found = list(takewhile(lambda attribution: attribution is not None, read))
     if not found:
         return None
-    shrinks = estimator.kind == "ridge"
+    done = designs[: len(found)]
     return Values(
         name,
         family,
-        label(designs[0].counterfactual),
-        np.array([attribution.values for _, attribution in found]),
-        evaluations=len({(e.coalition.mask, e.replicate) for e in fitted(found[0][0])}),
-        seconds=float(np.mean([readings.seconds(d, fitted(d)) for d, _ in found])),
-        collapsed=sum(a.collapsed for _, a in found) if shrinks else None,
+        readings.studies.label(designs[0].counterfactual),
+        np.array([attribution.values for attribution in found if attribution]),
+        evaluations=len({(e.coalition.mask, e.replicate) for e in fitted(designs[0])}),
+        seconds=float(np.mean([readings.seconds(d, fitted(d)) for d in done])),
+        collapsed=sum(a.collapsed for a in found if a)
+        if estimator.kind in ("ridge", "gp")
+        else None,
     )
 
 
 def _left_out(
-    readings: Readings, prop: Property, name: str, counterfactual: str, study: Study
+    readings: Readings, name: str, counterfactual: str, study: Study, prop: Property
 ) -> Values | None:
     """Return v(N) - v(N without i); the study's first entry is N."""
-    if not readings.whole(study, prop, study.entries):
+    if readings.lacking(study, prop, study.entries):
         return None
     known = readings.utilities(study, prop)
     full, *rest = [known[e.coalition.mask, 0] for e in study.entries]
@@ -238,8 +274,9 @@ def _left_out(
     return Values(name, "baseline", counterfactual, values[None], len(study.entries), seconds)
 
 
-def _alone(readings: Readings, prop: Property, counterfactual: str, study: Study) -> Values | None:
-    if not readings.whole(study, prop, study.entries):
+def _alone(readings: Readings, counterfactual: str, study: Study, prop: Property) -> Values | None:
+    """Return v({i})."""
+    if readings.lacking(study, prop, study.entries):
         return None
     known = readings.utilities(study, prop)
     values = np.array([known[e.coalition.mask, 0] for e in study.entries])
@@ -247,24 +284,40 @@ def _alone(readings: Readings, prop: Property, counterfactual: str, study: Study
     return Values("alone", "baseline", counterfactual, values[None], len(values), seconds)
 
 
-def _baselines(readings: Readings, prop: Property) -> Iterator[Values]:
+def _own_images(readings: Readings, prop: Property) -> Values | None:
+    """Return the Shapley values of the surrogate, which needs no model."""
     surrogate = readings.job.surrogate(prop)
-    if surrogate is not None:
-        psi = control(surrogate, readings.studies.n).psi
-        yield Values("own images, shapley", "baseline", None, psi[None])
-    for name, found in readings.baselines.get(prop.name, {}).items():
-        values = np.array(found["scores"], dtype=np.float64)
-        yield Values(name, "baseline", None, values[None], seconds=found["seconds"])
+    if surrogate is None:
+        return None
+    psi = control(surrogate, readings.studies.n).psi
+    return Values("own images, shapley", "baseline", None, psi[None])
 
 
-def ranks(readings: Readings, every: Sequence[Values]) -> dict[str, list[int]]:
-    """Return the contributors in descending order of value, by method of `removal.methods`."""
-    section = readings.job.spec.validation.removal
-    own = readings.job.spec.estimator.kind
-    wanted = {own if name == "estimator" else name for name in section.methods} if section else ()
+def _baseline(readings: Readings, name: str, prop: Property) -> Values | None:
+    found = readings.baselines.get(prop.name, {}).get(name)
+    if found is None:
+        return None
+    values = np.array(found["scores"], dtype=np.float64)
+    return Values(name, "baseline", None, values[None], seconds=found["seconds"])
+
+
+def ranks(readings: Readings) -> dict[str, list[int]]:
+    """Return the contributors in descending order of the headline's value, by method.
+
+    The methods are those of `removal.methods`; SpecError if there is none of that name.
+    """
+    section, spec = readings.job.spec.validation.removal, readings.job.spec
+    if section is None:
+        return {}
+    known = names(readings)
+    for i, name in enumerate(section.methods):
+        if name != "estimator" and name not in known:
+            place = f"validation.removal.methods.{i}"
+            raise SpecError(f"no method {name!r}", place, f"estimator, {', '.join(known)}")
+    wanted = {spec.estimator.kind if name == "estimator" else name for name in section.methods}
     return {
         method.name: [int(i) for i in np.argsort(-method.values.mean(axis=0), kind="stable")]
-        for method in every
+        for method in methods(readings, spec.properties[0])
         if method.name in wanted
     }
 
@@ -276,7 +329,12 @@ def score(readings: Readings) -> Validation:
     """Return validation.json of what is measured so far."""
     job, spec = readings.job, readings.job.spec
     studies = [*readings.studies, *([readings.removal] if readings.removal else [])]
-    done = {e.key: job.done(e) for study in studies for e in job.evaluations(study)}
+    planned = [e for e, _ in Facts(job).rows]
+    planned += [e for study in studies for e in job.evaluations(study)]
+    done = {e.key: job.done(e) for e in planned}
+    for baseline in spec.validation.baselines:
+        name = readings.studies.label(baseline)
+        done[name] = all(name in readings.baselines.get(p.name, {}) for p in spec.properties)
     with one_thread():
         properties = [_property(readings, prop) for prop in spec.properties]
     return {
@@ -284,7 +342,7 @@ def score(readings: Readings) -> Validation:
         "spec_digest": job.spec_digest,
         "version": __version__,
         "contributors": list(job.card.roster.ids),
-        "oracle": label(spec.validation.oracle),
+        "oracle": readings.studies.label(spec.validation.oracle),
         "complete": all(done.values()),
         "done": sum(done.values()),
         "planned": len(done),
@@ -304,12 +362,13 @@ def to_bytes(validation: Validation) -> bytes:
 def _property(readings: Readings, prop: Property) -> PropertyValidation:
     oracles, every = readings.oracles(prop), methods(readings, prop)
     whole = [oracle.whole for oracle in oracles if oracle.enough]
+    first = oracles[0].whole if oracles[0].enough else None
     draws = {o.name: lds.Draws.of(o, readings.job.spec.seed) for o in whole}
     reference = readings.reference(prop)
     everyone = Coalition.grand(readings.studies.n).mask
     retrained = readings.utilities(readings.studies.left_out_retrained, prop)
     full = retrained.get((everyone, 0))
-    fidelity, ceiling = _fidelity(readings, prop, whole[0] if whole else None)
+    fidelity, ceiling = _fidelity(readings, prop, first)
     return {
         "name": prop.name,
         "title": prop.title,
@@ -318,7 +377,7 @@ def _property(readings: Readings, prop: Property) -> PropertyValidation:
         "methods": _judged(readings, every, whole, draws, reference),
         "fidelity": fidelity,
         "fidelity_ceiling": ceiling,
-        "budget": list(_budget(readings, prop, whole, reference)),
+        "budget": list(_budget(readings, prop, first, reference)),
         "removal": list(_removal(readings, prop, full)),
         "reference": _listed(reference and reference.ls_values),
         "reference_low": _listed(reference and reference.low),
@@ -336,7 +395,8 @@ def _reliability(reference: Attribution | None) -> float | None:
     """Return the share of the values' variance that is not their own noise."""
     if reference is None or reference.se is None or reference.ls_values is None:
         return None
-    spread, noise = np.var(reference.ls_values, ddof=1), np.mean(np.square(reference.se))
+    spread = np.var(reference.ls_values, ddof=1)
+    noise = np.sum(np.square(reference.se)) / (len(reference.se) - 1)  # errors that sum to zero
     return float(max(0.0, 1 - noise / spread)) if spread > 0 else None
 
 
@@ -366,11 +426,16 @@ def _judged(
     draws: Mapping[str, lds.Draws],
     reference: Attribution | None,
 ) -> list[Method]:
-    """Score every method on every set, and the lead of the first over it."""
+    """Score every method on every set, and the lead of the first over it.
+
+    What is fitted to the retrainings of mixed sizes is not scored on them.
+    """
+    fitted_to_mixed = readings.studies.label(readings.job.spec.validation.oracle)
     scores = {
         method.name: {
             o.name: lds.lds(lds.subset_sums(list(method.values), o), o, draws[o.name])
             for o in oracles
+            if o.name != "mixed" or method.counterfactual != fitted_to_mixed
         }
         for method in every
     }
@@ -457,11 +522,11 @@ def _fidelity(
 def _budget(
     readings: Readings,
     prop: Property,
-    oracles: Sequence[lds.Oracle],
+    oracle: lds.Oracle | None,
     reference: Attribution | None,
 ) -> Iterator[Budget]:
     """Score prefixes of every design: what each further coalition buys."""
-    if not oracles:
+    if oracle is None:
         return
     studies, own = readings.studies, readings.job.spec.estimator
     curves = [(own, studies.designs), (Reference(), studies.samplings)]
@@ -473,17 +538,19 @@ def _budget(
     for reader, designs in curves:
         most = max((sum(e.sequence == "design" for e in d.entries) for d in designs), default=0)
         for budget in (int(times * studies.n) // 2 * 2 for times in BUDGETS):
+            if not 4 <= budget <= most:
+                continue
             found = [a for d in designs if (a := readings.attribution(reader, d, prop, budget))]
-            if not 4 <= budget <= most or not found:
+            if not found:
                 continue
             values = [np.array(a.values) for a in found]
             spent = [readings.seconds(d, fitted(d, budget)) for d in designs]
             yield {
-                "counterfactual": label(designs[0].counterfactual),
+                "counterfactual": studies.label(designs[0].counterfactual),
                 "estimator": reader.kind,
                 "evaluations": budget,
                 "seconds": float(np.mean(spent)),
-                "lds": lds.lds(lds.subset_sums(values, oracles[0]), oracles[0])[0],
+                "lds": lds.lds(lds.subset_sums(values, oracle), oracle)[0],
                 "agreement": None
                 if target is None
                 else lds.pearson(np.mean(values, axis=0), np.array(target)),
@@ -491,11 +558,12 @@ def _budget(
 
 
 def _removal(readings: Readings, prop: Property, full: float | None) -> Iterator[Removal]:
-    if readings.removal is None or full is None:
+    """Say what became of the headline without the first ranked; the ranks are by its values."""
+    headline = readings.job.spec.properties[0]
+    if readings.removal is None or full is None or prop.name != headline.name:
         return
     known = readings.utilities(readings.removal, prop)
-    headline = readings.job.spec.properties[0]
-    for name, order in ranks(readings, methods(readings, headline)).items():
+    for name, order in ranks(readings).items():
         for keeps, share, coalition in readings.studies.removals(order):
             value = known.get((coalition.mask, 0))
             if value is not None:

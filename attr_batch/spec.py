@@ -25,7 +25,7 @@ from attr_batch.estimators import Estimator
 from attr_batch.models import Model
 from attr_batch.properties import Property
 from attr_batch.pruning import Pruning
-from attr_batch.recipe import UNHASHED, Part
+from attr_batch.recipe import UNHASHED, Part, canonical
 from attr_batch.sampling import Sampling
 
 MAX_BYTES = 1 << 20
@@ -142,6 +142,21 @@ class Validation(Part):
     baselines: tuple[Baseline, ...] = Field(
         default=(), max_length=100, description="Scores that train no coalition (Table 1)."
     )
+
+    @field_validator("subsets")
+    @classmethod
+    def _distinct_alphas(cls, subsets: tuple[Subsets, ...]) -> tuple[Subsets, ...]:
+        alphas = [part.alpha for part in subsets]
+        if len(set(alphas)) < len(alphas):
+            raise ValueError("two parts have the same alpha; raise `count` or `seeds` of one")
+        return subsets
+
+    @field_validator("counterfactuals", "baselines")
+    @classmethod
+    def _no_twins(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len({canonical(part.recipe()) for part in parts}) < len(parts):
+            raise ValueError("two entries are the same")
+        return parts
 
 
 class JobSpec(Part):

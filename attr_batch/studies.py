@@ -9,16 +9,21 @@
     <counterfactual>  another way to a coalition's model, on the design and on oracle coalitions
     removal         retrained without those who are ranked first (once the ranks are known)
 
-What retraining draws (weights, batches, initial noise) it shares neither with the job nor between
-its own seeds: agreement by shared noise would flatter.
+What the oracle draws (weights, batches, initial noise) it shares neither with the job nor between
+its own seeds, and the other retrained studies draw their own: agreement by shared noise would
+flatter. Nor do reference and job share their coalitions, whose choice is a noise of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
+
+from pydantic import ValidationError
 
 from attr_batch.baselines import Baseline
 from attr_batch.coalition import Coalition
@@ -27,9 +32,10 @@ from attr_batch.estimators import Entry, Exact, PairedLS, Reference
 from attr_batch.estimators.design import of_size
 from attr_batch.facts import Facts
 from attr_batch.job import Job, Study
+from attr_batch.recipe import canonical, derive_seed
 from attr_batch.spec import JobSpec
 
-ORACLE = "oracle"  # name of the study, and of the random streams of all that is retrained
+ORACLE = "oracle"  # name of the study and of its random streams
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,15 @@ class Studies:
 
     @cached_property
     def reference(self) -> Study:
-        """Retrainings of a paired design with its endpoints."""
-        budget = self.spec.validation.reference
-        plan = PairedLS(budget=budget, holdout=0, endpoint_replicates=2).plan(self.n)
-        return self._retrained("reference", plan)
+        """Retrainings of a paired design with its endpoints: coalitions of its own choice."""
+        design = PairedLS(
+            budget=self.spec.validation.reference,
+            seed=derive_seed("reference", self.spec.seed),
+            holdout=0,
+            repeats=0,
+            endpoint_replicates=2,
+        )
+        return self._retrained("reference", design.plan(self.n))
 
     @cached_property
     def designs(self) -> list[Study]:
@@ -98,23 +109,36 @@ class Studies:
         if isinstance(estimator, Exact):  # every coalition is measured: there is one design
             return [first]
         others = [
-            estimator.model_copy(update={"seed": estimator.seed + d, "continues": None})
+            estimator.model_copy(
+                update={"seed": estimator.seed + d, "continues": None, "budget": self.budget}
+            )
             for d in range(1, self.spec.validation.designs)
         ]
         plans = (other.plan(self.n) for other in others)
         return [first, *(self._own(f"design {d}", plan) for d, plan in enumerate(plans, 1))]
 
+    @property
+    def budget(self) -> int:
+        """Number of design coalitions that count of the job, repeats left out."""
+        return sum(e.sequence == "design" for e in self.plan)
+
     @cached_property
     def samplings(self) -> list[Study]:
-        """The paper's own draws: independent, by the Shapley kernel."""
+        """The paper's own draws: independent, by the Shapley kernel, as many as the job has."""
         estimator, section = self.spec.estimator, self.spec.validation
         if "reference" not in section.estimators or isinstance(estimator, Exact):
             return []
-        plans = [
-            Reference(budget=estimator.budget, seed=estimator.seed + d, holdout=0).plan(self.n)
-            for d in range(section.designs)
+        budget = sum(e.role == "design" for e in self.plan)
+        draws = Reference(
+            budget=budget + budget % 2,
+            holdout=0,
+            endpoint_replicates=estimator.endpoint_replicates,
+        )
+        seeds = range(estimator.seed, estimator.seed + section.designs)
+        return [
+            self._own(f"sampling {d}", draws.model_copy(update={"seed": seed}).plan(self.n))
+            for d, seed in enumerate(seeds)
         ]
-        return [self._own(f"sampling {d}", plan) for d, plan in enumerate(plans)]
 
     @cached_property
     def left_out(self) -> Study:
@@ -123,8 +147,8 @@ class Studies:
 
     @cached_property
     def left_out_retrained(self) -> Study:
-        """Everyone but one, retrained."""
-        return self._retrained("left out, retrained", self._left_out())
+        """Everyone, and everyone but one, retrained."""
+        return self._retrained("left out, retrained", self._left_out(), streams="removal")
 
     @cached_property
     def alone(self) -> Study:
@@ -153,23 +177,64 @@ class Studies:
 
         With its own weights on the job's design too, so that values can be compared by k.
         """
-        section, own = self.spec.validation.steps, self.spec.counterfactual
-        if section is None or not {"steps", "ema"} <= own.recipe().keys():
-            return []
         found = []
-        for ema in section.ema:
+        for other in self._steps:
+            design = self._job_design() if other.ema == self._steps[0].ema else []
+            entries = (*self._coalitions(self.compared), *design)
+            found.append(Study(self.label(other), entries, other))
+        return found
+
+    @cached_property
+    def _steps(self) -> list[Any]:
+        """The counterfactuals that the section asks for, those with the job's own weights first."""
+        section, own = self.spec.validation.steps, self.spec.counterfactual.model_dump()
+        if section is None or not {"steps", "ema"} <= own.keys():
+            return []
+        emas = sorted(section.ema, key=lambda ema: ema != own["ema"])
+        if emas[:1] != [own["ema"]]:
+            emas = [own["ema"], *emas]
+        found = []
+        for ema in emas:
             for k in section.steps:
-                other = own.model_copy(update={"steps": k, "ema": ema})
-                design = self._job_design() if ema == own.recipe()["ema"] else []
-                entries = [*self._coalitions(self.compared), *design]
-                found.append(Study(label(other), tuple(entries), other))
+                with contextlib.suppress(ValidationError):  # weights that this kind does not have
+                    found.append(
+                        type(self.spec.counterfactual).model_validate(
+                            {**own, "steps": k, "ema": ema}
+                        )
+                    )
         return found
 
     @cached_property
     def rivals(self) -> list[Study]:
         """Other counterfactuals, on the job's design and on oracle coalitions."""
         entries = (*self._coalitions(self.compared), *self._job_design())
-        return [Study(label(c), entries, c) for c in self.spec.validation.counterfactuals]
+        return [Study(self.label(c), entries, c) for c in self._rivals]
+
+    @property
+    def _rivals(self) -> list[Counterfactual]:
+        """The section's counterfactuals, but for those that `steps` has already."""
+        known = [canonical(c.recipe()) for c in self._steps]
+        mine = self.spec.validation.counterfactuals
+        return [c for c in mine if canonical(c.recipe()) not in known]
+
+    def label(self, part: Counterfactual | Baseline) -> str:
+        """Return what tables call a counterfactual or baseline: no two are called the same."""
+        return self._labels[canonical(part.recipe())]
+
+    @cached_property
+    def _labels(self) -> dict[bytes, str]:
+        section = self.spec.validation
+        ours = (self.spec.counterfactual, section.oracle)
+        parts: list[Any] = [*ours, *self._steps, *self._rivals, *section.baselines]
+        recipes = {canonical(part.recipe()): part for part in parts}
+        alike: dict[str, list[bytes]] = {}
+        for recipe, part in recipes.items():
+            alike.setdefault(brief(part), []).append(recipe)
+        return {
+            recipe: ", ".join([name, *_differing(recipes[recipe], [recipes[r] for r in twins])])
+            for name, twins in alike.items()
+            for recipe in twins
+        }
 
     @cached_property
     def compared(self) -> list[Coalition]:
@@ -178,7 +243,8 @@ class Studies:
         return self.subsets(0)[: steps.coalitions if steps else 24]
 
     def _job_design(self) -> list[Entry]:
-        return [e for e in self.plan if e.role != "holdout"]
+        """Return the job's design and endpoints; the noise that repeats tell is its own affair."""
+        return [e for e in self.plan if e.role != "holdout" and e.sequence != "repeat"]
 
     def removal(self, ranks: Mapping[str, Sequence[int]]) -> Study:
         """Retrainings that follow from ranks: contributors by method, the first first."""
@@ -187,7 +253,8 @@ class Studies:
             for order in ranks.values()
             for _, _, coalition in self.removals(order)
         }
-        return self._retrained("removal", self._coalitions(list(found.values())))
+        entries = self._coalitions(list(found.values()))
+        return self._retrained("removal", entries, streams="removal")
 
     def removals(self, order: Sequence[int]) -> Iterator[tuple[bool, float, Coalition]]:
         """Yield (keeps, share, who is retrained): without the first ones, and on the first ones."""
@@ -204,19 +271,30 @@ class Studies:
     def _own(self, name: str, entries: Sequence[Entry]) -> Study:
         return Study(name, tuple(entries), self.spec.counterfactual)
 
-    def _retrained(self, name: str, entries: Sequence[Entry]) -> Study:
-        return Study(name, tuple(entries), self.spec.validation.oracle, streams=ORACLE)
+    def _retrained(self, name: str, entries: Sequence[Entry], streams: str = "") -> Study:
+        return Study(name, tuple(entries), self.spec.validation.oracle, streams=streams or name)
 
 
-def label(part: Counterfactual | Baseline) -> str:
-    """Return what tables call a counterfactual or baseline: what differs from its defaults."""
+def brief(part: Any) -> str:
+    """Return the kind of a counterfactual or baseline and the options one looks for first."""
     fields = part.recipe()
-    parts = [part.kind.replace("_", " ")]
+    said = [part.kind.replace("_", " ")]
     if "steps" in fields:
-        parts.append(f"{fields['steps']} steps")
+        said.append(f"{fields['steps']} steps")
     for name in ("base", "ema", "rank", "reduce"):
         default = type(part).model_fields.get(name)
         if default is not None and fields[name] != default.default:
-            said = name in ("ema", "rank")
-            parts.append(f"{name} {fields[name]}" if said else str(fields[name]))
-    return ", ".join(parts)
+            plain = name in ("base", "reduce")
+            said.append(str(fields[name]) if plain else f"{name} {fields[name]}")
+    return ", ".join(said)
+
+
+def _differing(part: Any, twins: Sequence[Any]) -> list[str]:
+    """Return the fields in which parts of one brief name differ."""
+    fields = part.model_dump()
+    others = [twin.model_dump() for twin in twins]
+    return [
+        f"{name} {value}"
+        for name, value in fields.items()
+        if any(other[name] != value for other in others)
+    ]

@@ -14,15 +14,15 @@ from typing import Any
 
 from attr_batch import runner
 from attr_batch.baselines import Baseline, TrainingProperty
-from attr_batch.errors import Interrupted
+from attr_batch.errors import IncompleteDesign, Interrupted
 from attr_batch.evidence import Validation
 from attr_batch.job import Job, Study
 from attr_batch.log import Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import RECIPE_VERSION, digest
 from attr_batch.results import Mirror
-from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
-from attr_batch.studies import Studies, label
+from attr_batch.scoring import Readings, ranks, score, to_bytes
+from attr_batch.studies import Studies
 from attr_batch.validation_report import page
 
 Scores = dict[str, dict[str, dict[str, Any]]]  # by property, by baseline: scores and seconds
@@ -34,30 +34,42 @@ def validate(
     """Evaluate whatever is missing of a validation, write its report, return validation.json.
 
     None where other shards have work left. `provisional`: evaluate nothing, report what there is.
-    Errors are those of `runner.run`.
+
+    Raises:
+        IncompleteDesign: evaluations failed for good, or there is nothing to report yet.
+        Others: those of `runner.run`.
     """
     job.check_validation()
+    ranks(Readings(job, Studies.of(job)))  # who is to be ranked: a wrong name is said now
+    if provisional and not job.ledger.marked:
+        raise IncompleteDesign("nothing has been evaluated yet", str(job.ledger))
     if not provisional and not _work(job, shard, shards):
         return None
-    studies = Studies.of(job)
-    removal = _removal(Readings(job, studies))
-    return publish(Readings(job, studies, removal, scores(job)))
+    readings = Readings(job, Studies.of(job), None, scores(job))
+    readings.removal = _removal(readings)
+    return publish(readings)
 
 
 def _work(job: Job, shard: int, shards: int) -> bool:
-    """Do the job, its studies, the baselines, then what the ranks ask for; whether all is there."""
-    if runner.run(job, shard, shards) is None:
-        return False
+    """Do the job, its studies, the baselines, then what the ranks ask for; whether all is there.
+
+    Whichever shard finds a round complete goes on to the next, if need be alone.
+    """
+    if job.target is not None and runner.run(job, shard, shards) is None:
+        return False  # only when it has stopped is it known what counts
     studies = Studies.of(job)
-    if not (_evaluate(job, list(studies), shard, shards) and _score_baselines(job, shard)):
+    if not _evaluate(job, list(studies), shard, shards):
         return False
-    removal = _removal(Readings(job, studies))
+    runner.run(job, shard, shards)
+    _score_baselines(job, studies)
+    removal = _removal(Readings(job, studies, None, scores(job)))
     return removal is None or _evaluate(job, [*studies, removal], shard, shards)
 
 
 def _evaluate(job: Job, studies: list[Study], shard: int, shards: int) -> bool:
-    """Do what is missing of the studies; whether all is there then."""
-    wider = Job(job.spec, studies, [digest(inputs) for *_, inputs in _wanted(job)])
+    """Do what is missing of the job and the studies; whether all is there then."""
+    made = [digest(inputs) for *_, inputs in _wanted(job, Studies.of(job))]
+    wider = Job(job.spec, studies, made)
     wider.write_down()
     if runner.complete(wider):
         return True
@@ -65,13 +77,20 @@ def _evaluate(job: Job, studies: list[Study], shard: int, shards: int) -> bool:
     say(f"validation of {job.spec.name}: {missing} of {len(wider.work)} evaluations to do")
     with runner.signals() as stopped:
         runner.evaluate(wider, shard, shards, stopped, lambda: None)
-    return runner.complete(wider)
+    if runner.complete(wider):
+        return True
+    failed = [f for e in wider.work if not wider.done(e) and (f := job.ledger.failure(e.key))]
+    if failed:
+        what = f"{len(failed)} evaluations have no value, the first: {failed[0]['message']}"
+        hint = "run again: what failed is tried again; or --provisional: report what there is"
+        raise IncompleteDesign(what, failed[0]["about"], hint)
+    say(f"shard {shard} of {shards} is done; others have work left")
+    return False
 
 
 def _removal(readings: Readings) -> Study | None:
     """Return the retrainings that the headline property's ranks ask for."""
-    headline = readings.job.spec.properties[0]
-    order = ranks(readings, methods(readings, headline))
+    order = ranks(readings)
     return readings.studies.removal(order) if order else None
 
 
@@ -82,7 +101,8 @@ def publish(readings: Readings) -> Validation:
     job.ledger.store.replace(f"{job.report_name}/validation.json", to_bytes(found))
     job.ledger.store.replace(f"{job.report_name}/validation.html", page(found).encode())
     attribution = job.ledger.store.read(f"{job.report_name}/attribution.json")
-    Mirror(job).end("FINISHED", json.loads(attribution) if attribution else None)
+    if found["complete"]:
+        Mirror(job).end("FINISHED", json.loads(attribution) if attribution else None)
     return found
 
 
@@ -92,16 +112,19 @@ def publish(readings: Readings) -> Validation:
 def scores(job: Job) -> Scores:
     """Return what has been computed of the baselines."""
     found: Scores = {prop.name: {} for prop in job.spec.properties}
-    for prop, name, _, inputs in _wanted(job):
-        folder = job.ledger.thing("properties", digest(inputs))
-        if folder is not None:
-            manifest = job.ledger.fact(f"properties/{folder.name}/manifest.json") or {}
+    for prop, name, _, inputs in _wanted(job, Studies.of(job)):
+        thing_id = digest(inputs)
+        if job.ledger.thing("properties", thing_id) is not None:
+            folder, _ = job.ledger.verified_thing("properties", thing_id)
+            manifest = job.ledger.fact(f"properties/{thing_id}/manifest.json") or {}
             text = (folder / "scores.json").read_text(encoding="utf-8")
             found[prop.name][name] = {"scores": json.loads(text), "seconds": manifest["seconds"]}
     return found
 
 
-def _wanted(job: Job) -> Iterator[tuple[Property, str, Baseline, Mapping[str, Any]]]:
+def _wanted(
+    job: Job, studies: Studies
+) -> Iterator[tuple[Property, str, Baseline, Mapping[str, Any]]]:
     """Yield every baseline for every property: its name, and all that its scores depend on."""
     for baseline in job.spec.validation.baselines:
         for prop in job.spec.properties:
@@ -110,24 +133,25 @@ def _wanted(job: Job) -> Iterator[tuple[Property, str, Baseline, Mapping[str, An
                 "recipe_version": RECIPE_VERSION,
                 "baseline": baseline.recipe(),
                 "property": job.property_digest(prop) if own else None,
+                "classifier": "" if job.classified is None else job.instrument_id(job.classified),
                 "data": job.card.recipe(),
                 "base": job.dense_id,
                 "sampling": job.spec.sampling.recipe(),
                 "sampling_seed": job.sampling_seed(),
                 "numerics": job.numerics,
             }
-            yield prop, label(baseline), baseline, inputs
+            yield prop, studies.label(baseline), baseline, inputs
 
 
-def _score_baselines(job: Job, shard: int) -> bool:
-    """Compute what is missing of the baselines, in this process; shard 0 alone does so."""
+def _score_baselines(job: Job, studies: Studies) -> None:
+    """Compute what is missing of the baselines, in this process."""
     missing = {
-        digest(inputs): (prop, baseline, inputs)
-        for prop, _, baseline, inputs in _wanted(job)
+        digest(inputs): (prop, name, baseline, inputs)
+        for prop, name, baseline, inputs in _wanted(job, studies)
         if job.ledger.thing("properties", digest(inputs)) is None
     }
-    if not missing or shard:
-        return not missing
+    if not missing:
+        return
     import torch
 
     torch.set_num_threads(1)
@@ -136,8 +160,8 @@ def _score_baselines(job: Job, shard: int) -> bool:
     with runner.signals() as stopped:
         upkeep = Upkeep(stopping=lambda: bool(stopped))
         seen = {p.name: lab.material(p, upkeep) for p in job.spec.properties}  # gradients are kept
-        for done, (thing_id, (prop, baseline, inputs)) in enumerate(missing.items()):
-            progress.update(done, now=label(baseline))
+        for done, (thing_id, (prop, name, baseline, inputs)) in enumerate(missing.items()):
+            progress.update(done, now=name)
             folder = job.ledger.work(f"properties/{thing_id}")
             folder.mkdir(exist_ok=True)
             started = time.perf_counter()
@@ -148,4 +172,3 @@ def _score_baselines(job: Job, shard: int) -> bool:
             if stopped:
                 raise Interrupted("stopped by a signal", hint="run the same command again")
     progress.close()
-    return True

@@ -92,6 +92,8 @@ def test_the_ceiling_is_what_one_seed_says_of_the_other():
 def test_additivity_is_high_for_additive_games_and_low_where_only_pairs_matter():
     truth, _ = oracle(m=100, noise=0.01)
     assert lds.additivity(truth, Draws.of(truth, seed=0))["value"] > 0.97
+    few, _ = oracle(m=31)  # of 8 contributors: a fit would show its own error
+    assert lds.additivity(few, Draws.of(few, seed=0))["value"] is None
     parity = lambda Z: Z[:, 0] * Z[:, 1] + (1 - Z[:, 0]) * (1 - Z[:, 1])  # noqa: E731
     truth, _ = oracle(m=200, noise=0.2, game=parity)
     assert lds.additivity(truth, Draws.of(truth, seed=0))["value"] < 0.3
@@ -118,7 +120,7 @@ def test_coalitions_that_are_not_retrained_yet_are_left_out():
 
 def test_agreement_has_the_references_noise_in_its_interval():
     rng = np.random.default_rng(0)
-    reference, values = np.arange(6.0), np.arange(6.0) + rng.normal(size=(3, 6))
+    reference, values = np.arange(6.0), np.arange(6.0) + rng.normal(size=(1, 6))
     sure = lds.agreement(values, reference, reference + 0.01 * rng.normal(size=(500, 6)), 0)
     vague = lds.agreement(values, reference, reference + 2.0 * rng.normal(size=(500, 6)), 0)
     assert (
@@ -127,6 +129,31 @@ def test_agreement_has_the_references_noise_in_its_interval():
         == pytest.approx(np.corrcoef(values.mean(axis=0), reference)[0, 1])
     )
     assert vague["high"] - vague["low"] > 2 * (sure["high"] - sure["low"])
+
+
+def test_where_there_is_nothing_to_fit_additivity_says_so():
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        noise, _ = oracle(m=40, seed=seed)
+        noise = Oracle("alpha", 0.5, noise.Z, rng.normal(size=(1, 40)))
+        found.append(lds.additivity(noise, Draws.of(noise, seed=0, draws=10))["value"])
+    assert abs(np.mean(found)) < 0.2
+
+
+def test_the_interval_of_the_agreement_covers_the_agreement():
+    inside = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        truth = rng.normal(size=12)
+        values = truth + 0.5 * rng.normal(size=(1, 12))
+        reference = truth + 0.4 * rng.normal(size=12)
+        again = reference + 0.4 * rng.normal(size=(400, 12))
+        found = lds.agreement(values, reference, again, seed, draws=400)
+        exact = np.corrcoef(values[0], truth)[0, 1] / np.sqrt(1 + 0.16)  # as noise attenuates
+        inside += found["low"] <= exact <= found["high"]
+        assert found["low"] <= found["value"] <= found["high"]
+    assert inside >= 84
 
 
 def test_figures_that_are_not_there_are_none():

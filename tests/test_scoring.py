@@ -12,10 +12,11 @@ import played
 import pytest
 from conftest import TINY
 
+from attr_batch.errors import SpecError
 from attr_batch.job import Evaluation, Job
-from attr_batch.scoring import Readings, methods, ranks, score, to_bytes
+from attr_batch.scoring import Readings, methods, names, ranks, score, to_bytes
 from attr_batch.spec import validate
-from attr_batch.studies import ORACLE, Studies, label
+from attr_batch.studies import Studies
 from attr_batch.validation_report import figures, markdown, page, table
 
 N = 8
@@ -32,6 +33,7 @@ SECTIONS = {
         "reference": 40,
         "designs": 2,
         "counterfactuals": [{"kind": "finetune", "steps": 7}],
+        "baselines": [{"kind": "image_count"}],
         "steps": {"coalitions": 12, "steps": [2, 3], "ema": ["restarted", "raw"]},
     },
 }
@@ -41,7 +43,7 @@ def utility(evaluation: Evaluation) -> float:
     """v(S), exact when retrained; the job's own way to it is noisier with fewer steps."""
     v = float(GAME.v([evaluation.entry.coalition.mask])[0])
     study = evaluation.study
-    if study.streams == ORACLE:
+    if study.streams:  # retrained
         noise = 0.02
     else:
         noise = {2: 0.6, 3: 0.1, 7: 0.05}[study.counterfactual.recipe()["steps"]]
@@ -61,11 +63,10 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> Readings:
         played.publish(job, job.plan, utility)
         for study in studies:
             played.publish(job, job.evaluations(study), utility)
-        found = Readings(job, studies)
-        order = ranks(found, methods(found, job.spec.properties[0]))
-        found.removal = studies.removal(order)
+        scores = {"game": {"image count": {"scores": [1.0] * N, "seconds": 0.5}}}
+        found = Readings(job, studies, baselines=scores)
+        found.removal = studies.removal(ranks(found))
         played.publish(job, job.evaluations(found.removal), utility)
-    found.baselines = {"game": {"image count": {"scores": [1.0] * N, "seconds": 0.5}}}
     return found
 
 
@@ -176,15 +177,36 @@ def test_the_same_facts_give_the_same_bytes(readings):
     assert json.loads(to_bytes(score(again)))["job"] == "tiny"
 
 
-def test_retraining_shares_no_noise_with_the_job_nor_between_its_seeds(tiny):
+def test_retraining_shares_no_noise_with_the_job_nor_between_its_studies(tiny):
     job = tiny(**SECTIONS)
     studies = Studies.of(job)
     oracle = list(job.evaluations(studies.oracle))
     first, second = oracle[0], oracle[40]
     assert first.entry.coalition == second.entry.coalition
-    seeds = {"seed", "sampling_seed"}
-    assert all(first.recipe[name] != second.recipe[name] for name in seeds)
-    assert all(e.recipe[name] != job.plan[0].recipe[name] for e in oracle for name in seeds)
+    reference = next(job.evaluations(studies.reference))
+    left_out = next(job.evaluations(studies.left_out_retrained))
+    for name in ("seed", "sampling_seed"):
+        seeds = [e.recipe[name] for e in (first, second, reference, left_out, job.plan[0])]
+        assert len(set(seeds)) == len(seeds)
+
+
+def test_the_reference_chooses_its_own_coalitions(tiny):
+    """The choice of coalitions is a noise; shared, it would pass for agreement."""
+    job = tiny(**{**SECTIONS, "validation": {**SECTIONS["validation"], "reference": 40}})
+    studies = Studies.of(job)
+
+    def chosen(study):
+        return {e.coalition.mask for e in study.entries if e.role == "design"}
+
+    for design in studies.designs:
+        assert len(chosen(design) & chosen(studies.reference)) < 30
+
+
+def test_what_is_fitted_to_the_retrainings_is_not_scored_on_them(found):
+    by_name = {method["name"]: method for method in found["methods"]}
+    assert "mixed" in by_name["ridge"]["lds"]
+    assert set(by_name["retrain, ridge"]["lds"]) == {"alpha=0.5", "alpha=0.25"}
+    assert set(by_name["retrain, ridge"]["lead"]) == {"alpha=0.5", "alpha=0.25"}
 
 
 def test_a_validation_changes_nothing_of_the_job(tiny):
@@ -195,9 +217,61 @@ def test_a_validation_changes_nothing_of_the_job(tiny):
     assert [e.key for e in wider.plan] == [e.key for e in plain.plan]
 
 
-def test_labels_tell_apart_what_differs(tiny):
-    studies = Studies.of(tiny(**SECTIONS))
-    names = [study.name for study in studies]
-    assert len(names) == len(set(names))
-    assert label(studies.rivals[0].counterfactual) == "finetune, 7 steps"
-    assert label(studies.steps[-1].counterfactual) == "sparsified finetune, 3 steps, ema raw"
+def test_no_two_methods_or_studies_are_called_the_same(tiny):
+    ascents = [{"kind": "gradient_ascent", "learning_rate": rate} for rate in (1e-5, 1e-3)]
+    twins = [{"kind": "finetune", "steps": 7}, {"kind": "finetune", "steps": 7, "batch": 16}]
+    traks = [{"kind": "trak", "timesteps": t} for t in (1, 2)]
+    section = {
+        **SECTIONS["validation"],
+        "counterfactuals": [*ascents, *twins, {"kind": "retrain", "ema": "restarted"}],
+        "baselines": [*traks, {"kind": "pixel_similarity"}],
+    }
+    job = tiny(**{**SECTIONS, "validation": section})
+    studies = Studies.of(job)
+    studied = [study.name for study in studies]
+    assert len(studied) == len(set(studied))
+    called = names(Readings(job, studies))
+    assert len(called) == len(set(called))
+    assert "gradient ascent, 20 steps, learning_rate 0.001, ridge" in called
+    assert "finetune, 7 steps, batch 16, ridge" in called
+    assert "trak, timesteps 2" in called
+    assert "pixel similarity" in called
+
+
+def test_steps_take_only_the_weights_that_a_kind_has(tiny):
+    lora = {"kind": "lora", "steps": 2, "batch": 16}
+    section = {**SECTIONS["validation"], "steps": {"coalitions": 5, "steps": [3]}}
+    job = tiny(**{**SECTIONS, "counterfactual": lora, "validation": section})
+    emas = [study.counterfactual.recipe()["ema"] for study in Studies.of(job).steps]
+    assert emas == ["restarted", "raw"]
+
+
+def test_ranks_may_be_those_of_a_baseline_and_a_wrong_name_is_said(readings):
+    section = readings.job.spec.validation
+    for chosen in (("estimator", "image count"), ("estimator", "image_count")):
+        removal = section.removal.model_copy(update={"methods": chosen})
+        spec = readings.job.spec.model_copy(
+            update={"validation": section.model_copy(update={"removal": removal})}
+        )
+        asked = Readings(Job(spec), readings.studies, None, readings.baselines)
+        if chosen[1] == "image count":
+            assert set(ranks(asked)) == {"ridge", "image count"}
+            continue
+        with pytest.raises(SpecError, match="no method 'image_count'"):
+            ranks(asked)
+
+
+def test_published_endpoints_are_those_of_the_job(tiny):
+    job = tiny(**{**SECTIONS, "endpoints": "paper"})
+    played.prepare(job)
+
+    def moved(evaluation: Evaluation) -> float:
+        return 100.0 if evaluation.subject == "trained" else utility(evaluation)
+
+    played.publish(job, job.plan, moved)
+    readings = Readings(job, Studies.of(job))
+    (headline, *_) = methods(readings, job.spec.properties[0])
+    from attr_batch.facts import Facts
+
+    published = Facts(job).estimate(job.spec.properties[0])
+    assert headline.values[0].tolist() == list(published.values)

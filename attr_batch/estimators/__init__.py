@@ -145,6 +145,9 @@ class _Paired(_Budgeted):
     def _design(self, n: int) -> Iterator[Entry]:
         return design.paired(n, self.seed, self.sizes)
 
+    def _control(self, surrogate: Surrogate | None) -> Surrogate | None:
+        return surrogate if self.surrogate == "data" else None
+
 
 class Reference(_Budgeted):
     """The paper's own: independent draws by the Shapley kernel and the closed form of Eq. 5."""
@@ -183,7 +186,7 @@ class PairedLS(_Paired):
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
-        evidence = gather(observations, n, surrogate)
+        evidence = gather(observations, n, self._control(surrogate))
         measured = exact(evidence.rows, "shapley")
         if measured is not None:
             return attribute(self.kind, evidence, self.confidence, measured[0])
@@ -213,7 +216,7 @@ class Ridge(_Paired):
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
-        evidence = gather(observations, n, surrogate)
+        evidence = gather(observations, n, self._control(surrogate))
         measured = exact(evidence.rows, "shapley")
         if measured is not None:
             return attribute(self.kind, evidence, self.confidence, measured[0], shrinkage_slope=1.0)
@@ -248,7 +251,8 @@ class GaussianProcess(_Paired):
         self, observations: Sequence[Observation], n: int, surrogate: Surrogate | None = None
     ) -> Attribution:
         """Return the values. DataError where an endpoint or the design has no value."""
-        evidence = gather(observations, n, surrogate if self.semivalue == "shapley" else None)
+        control = self._control(surrogate) if self.semivalue == "shapley" else None
+        evidence = gather(observations, n, control)
         rows = evidence.rows
         measured = exact(rows, self.semivalue) if rows.complete else None
         if measured is not None:
