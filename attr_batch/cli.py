@@ -138,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         help="shapley (default); banzhaf and leave_one_out with gp and exact",
     )
     attribute.add_argument("--confidence", type=float, default=0.95, metavar="C")
+    attribute.add_argument(
+        "--draws",
+        type=int,
+        metavar="N",
+        help="with --json: also the values from N resamples of the pairs (ridge, paired_ls, gp)",
+    )
     attribute.add_argument("--seed", type=int, metavar="S")
     attribute.add_argument("--json", action="store_true", help="print JSON on stdout")
 
@@ -364,9 +370,11 @@ def _attribute(arguments: argparse.Namespace) -> None:
     from attr_batch.report import table
     from attr_batch.results import attribute
 
+    if arguments.draws is not None and not arguments.json:
+        raise SpecError("draws are printed as JSON only", "--draws", "add --json")
     given = {name: getattr(arguments, name) for name in ("confidence", "seed", "semivalue")}
     estimator = _estimator(arguments.estimator, **given)
-    found = attribute(arguments.values, estimator, arguments.players)
+    found = attribute(arguments.values, estimator, arguments.players, arguments.draws)
     _print_json(found) if arguments.json else print(table(found))
 
 

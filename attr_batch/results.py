@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from attr_batch import __version__, report
-from attr_batch.errors import AttrBatchError, IncompleteDesign, LedgerConflict, StoreError
+from attr_batch.errors import (
+    AttrBatchError,
+    IncompleteDesign,
+    LedgerConflict,
+    SpecError,
+    StoreError,
+)
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
 from attr_batch.facts import Facts, one_thread
 from attr_batch.job import Evaluation, Job
@@ -405,16 +411,44 @@ def _in_brief(attribution: dict[str, Any]) -> str:
 # -- values computed elsewhere --------------------------------------------------------------------
 
 
-def attribute(path: str | Path, estimator: Any, players: int | None) -> dict[str, Any]:
-    """Return the attribution of utilities in a CSV file."""
+def attribute(
+    path: str | Path, estimator: Any, players: int | None, draws: int | None = None
+) -> dict[str, Any]:
+    """Return the attribution of utilities in a CSV file.
+
+    `draws` is that many lists of values, in the order of the contributors, each from resampled
+    pairs; None where none were asked for. SpecError below one draw, and for an estimator that does
+    not read pairs.
+    """
+    from attr_batch.estimators.bootstrap import bootstrap
     from attr_batch.table import read_values
 
+    if draws is not None:
+        _check_draws(draws, estimator)
     observations, n = read_values(path, players)
     with one_thread():
-        found = estimator.estimate(observations, n)
+        found, drawn = estimator.estimate(observations, n), None
+        if draws is not None:
+            drawn = bootstrap(observations, n, draws, estimator.seed, estimator.estimate).tolist()
     body = found.to_json([str(i) for i in range(n)], [None] * n, [None] * n)
     of_a_job = {"recipe": None, "spec_digest": None, "numerics": None}
-    return {"property": Path(path).stem, **body, **of_a_job, "version": __version__}
+    return {
+        "property": Path(path).stem,
+        **body,
+        "draws": drawn,
+        **of_a_job,
+        "version": __version__,
+    }
+
+
+def _check_draws(draws: int, estimator: Any) -> None:
+    from attr_batch.estimators import GaussianProcess, PairedLS, Ridge
+
+    if draws < 1:
+        raise SpecError(f"got {draws}, wanted one or more", "--draws", "for example --draws 200")
+    if not isinstance(estimator, Ridge | PairedLS | GaussianProcess):
+        what = f"{estimator.kind} does not read complement pairs, which are what is resampled"
+        raise SpecError(what, "--draws", "--estimator ridge, paired_ls or gp")
 
 
 # -- the MLflow mirror ----------------------------------------------------------------------------

@@ -6,14 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import tiny_tree, work_through
 
 from attr_batch import cli
+from attr_batch.estimators import GaussianProcess, PairedLS, Ridge
+from attr_batch.estimators.bootstrap import bootstrap
 from attr_batch.job import Job
 from attr_batch.spec import load
+from attr_batch.table import read_values
 
 COMMANDS = [
     "run",
@@ -132,7 +137,7 @@ def test_json_alone_on_stdout(command, finished, capsys):
 def test_status_of_a_finished_job(finished, capsys):
     facts = json.loads(call(capsys, "status", finished, "--json")[1])
     assert facts["evaluations"] == {
-        "planned": 19, "done": 19, "running": 0, "failed": 0, "waiting": 0
+        "planned": 21, "done": 21, "running": 0, "failed": 0, "waiting": 0
     }  # fmt: skip
     assert facts["running"] == []
 
@@ -168,6 +173,55 @@ def test_design_and_attribute_close_the_circle(estimator, tmp_path, capsys):
     found = json.loads(out)
     assert [c["value"] for c in found["contributors"]] == pytest.approx(worth, abs=1e-8)
     assert {"recipe", "spec_digest", "numerics", "interval", "holdout"} <= found.keys()
+
+
+@pytest.fixture
+def measured(tmp_path, capsys) -> Path:
+    """Utilities of a saturating game of six with noise, as a CSV file."""
+    _, out, _ = call(capsys, "design", "--players", 6, "--budget", 36)
+    header, *rows = out.splitlines()
+    noise = np.random.default_rng(0).normal(0, 0.05, len(rows))
+    lines = [f"{header},value"]
+    for row, e in zip(rows, noise, strict=True):
+        total = sum(w for w, bit in enumerate(row.split(",")[1], 1) if bit == "1")
+        lines.append(f"{row},{np.log1p(total) + e}")
+    path = tmp_path / "measured.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("estimator", ["ridge", "paired_ls", "gp"])
+def test_draws_are_the_estimators_on_resampled_pairs(estimator, measured, capsys):
+    def attribute(*options: object) -> dict[str, Any]:
+        command = ("attribute", measured, "--estimator", estimator, "--json", *options)
+        return json.loads(call(capsys, *command)[1])
+
+    found = attribute("--draws", 3, "--seed", 5)
+    observations, n = read_values(measured)
+    reading = {"ridge": Ridge, "paired_ls": PairedLS, "gp": GaussianProcess}[estimator]()
+    expected = bootstrap(observations, n, 3, 5, reading.estimate)
+    np.testing.assert_allclose(found["draws"], expected, rtol=1e-9)
+    assert found == attribute("--draws", 3, "--seed", 5)
+    assert found["draws"] != attribute("--draws", 3, "--seed", 6)["draws"]
+    assert {**found, "draws": None} == attribute("--seed", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json", "--estimator", "reference"], "reference does not read complement pairs"),
+        (["--json", "--estimator", "permutation"], "permutation does not read complement pairs"),
+        (["--json", "--estimator", "exact"], "exact does not read complement pairs"),
+        (["--json", "--draws", "0"], "got 0, wanted one or more"),
+        ([], "add --json"),
+    ],
+)
+def test_draws_that_cannot_be_are_refused(options, message, measured, capsys):
+    code, out, err = call(capsys, "attribute", measured, "--draws", 2, *options)
+    assert (code, out) == (64, "")
+    assert message in err
+    assert "--draws" in err
+    assert "hint" in err
 
 
 def test_doctor_says_which_ops_are_native(capsys):
