@@ -38,7 +38,7 @@ def earlier(n: int, place: list[int | None], seed: int) -> list[Coalition]:
 
 
 def design(entries: list[Entry]) -> list[Coalition]:
-    return [e.coalition for e in entries if e.role == "design"]
+    return [e.coalition for e in entries if e.sequence == "design"]
 
 
 def sizes(coalitions: list[Coalition]) -> list[int]:
@@ -63,8 +63,8 @@ def test_a_continued_plan_is_a_permutation_of_the_design_in_its_strata(n, left, 
     new, fresh = design(found), design(plan)
     assert sizes(new) == sizes(fresh)
     assert all(b == a.complement() for a, b in list(pairwise(new))[::2])
-    repeats = {(e.coalition, e.replicate) for e in found if e.role == "design"}
-    assert len(repeats) == len(new)
+    distinct = {(e.coalition, e.replicate) for e in found if e.sequence == "design"}
+    assert len(distinct) == len(new)
     held = {e.coalition for e in found if e.role == "holdout"}
     assert held.isdisjoint(new)
     assert sum(map(held_out, new)) == sum(map(held_out, fresh))

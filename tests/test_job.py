@@ -209,3 +209,27 @@ def test_a_spec_of_one_contributor_is_refused(tiny):
 def test_validate_reports_the_whole_tree():
     with pytest.raises(SpecError, match="missing"):
         validate({})
+
+
+def test_a_batch_holds_its_pairs_and_its_repeats_and_the_first_all_else(tiny):
+    estimator = {**TINY["estimator"], "budget": 80, "repeats": 0.25, "target_half_width": 0.1}
+    job = tiny(estimator=estimator)
+    batches = job.batches
+    assert sorted(map(id, job.plan)) == sorted(id(e) for batch in batches for e in batch)
+    assert len(batches) == 8  # of five pairs each
+    for number, batch in enumerate(batches):
+        entries = [e.entry for e in batch]
+        pairs = [e.index // 2 for e in entries if e.sequence == "design"]
+        assert pairs == [5 * number + k // 2 for k in range(10)]
+        repeats = [e for e in entries if e.sequence == "repeat"]
+        # one pair in four is repeated: the k-th with the 4 k-th pair, its own measured by then
+        expected = [k for k in range(10) if 4 * k // 5 == number]
+        assert [e.index // 2 for e in repeats] == [k for k in expected for _ in range(2)]
+        assert {e.batch for e in repeats} <= {number}
+        rest = {e.sequence for e in entries} - {"design", "repeat"}
+        assert rest == (set() if number else {"endpoint", "holdout", "reference"})
+
+
+def test_without_a_target_the_plan_is_one_batch(tiny):
+    job = tiny(estimator={**TINY["estimator"], "budget": 80})
+    assert job.batches == (job.plan,)

@@ -76,7 +76,7 @@ def test_values_sum_to_the_difference_of_the_endpoints(done):
     (found,) = _attributions(done)
     total = sum(c["value"] for c in found["contributors"])
     assert total == pytest.approx(found["v_full"] - found["v_empty"], abs=1e-9)
-    assert found["coalitions"] == {"planned": 16, "used": 16, "failed": 0}
+    assert found["coalitions"] == {"planned": 18, "used": 18, "failed": 0}
 
 
 def test_a_finished_job_evaluates_nothing(again):
@@ -248,7 +248,7 @@ def test_an_unending_nan_is_a_failure_and_the_others_go_on(tiny, diverging):
     work_through(job)
     assert len([e for e in job.plan if not job.done(e)]) == 1
     assert outlook.status(job)["evaluations"]["failed"] == 1
-    with pytest.raises(IncompleteDesign, match="1 of 16") as caught:
+    with pytest.raises(IncompleteDesign, match="1 of 18") as caught:
         results.publish(job)
     assert caught.value.exit_code == 70
     provisional = results.publish(job, provisional=True)

@@ -231,7 +231,7 @@ def test_a_utility_that_is_the_surrogate_needs_few_evaluations(estimator, n, bud
     assert error(centred(np.array(found.values)), 3 * centred(game.shapley())) < tolerance
     assert abs(found.efficiency_gap) < 1e-9
     assert found.holdout is not None
-    assert found.holdout.rmse < 1e-6 if n <= 16 else 0.03 * found.v_full
+    assert found.holdout.rmse < 1e-9  # whatever psi is: what w has beyond it is predicted too
 
 
 @pytest.mark.parametrize("estimator", READERS)
@@ -256,12 +256,12 @@ def test_a_surrogate_of_the_size_alone_is_not_used(estimator, w):
     n, one = 10, estimator(budget=60)
     seen = observe(one.plan(n), games.coverage(n, 1).value, 0.05)
     off, on = one.estimate(seen, n), one.estimate(seen, n, Surrogate(w))
-    if on.columns == off.columns:
-        np.testing.assert_allclose(on.values, off.values, atol=1e-9)
+    assert on.columns == off.columns
+    np.testing.assert_allclose(on.values, off.values, atol=1e-9)
     np.testing.assert_allclose(on.se, off.se, rtol=1e-9)
     assert on.surrogate is not None
     assert on.surrogate.share == 0
-    np.testing.assert_allclose(on.surrogate.values, on.values and (on.v_full - on.v_empty) / n)
+    np.testing.assert_allclose(on.surrogate.values, (on.v_full - on.v_empty) / n)
 
 
 @pytest.mark.parametrize("estimator", [Reference, Exact])

@@ -38,7 +38,7 @@ def undisturbed(tmp_path_factory) -> bytes:
     out, err = run("run", job)
     assert "at most" in err
     assert "topped after 4 of 6 batches" in " ".join(out.split())
-    assert evaluated(folder / "store") == 32 + 2 + 2 * 2 + 3  # not 48 + ...
+    assert evaluated(folder / "store") == 32 + 2 + 2 + 2 * 2 + 3  # not 48 + ...
     _, err = run("run", job)
     assert "to do" not in err
     status, _ = run("status", job)
@@ -59,4 +59,4 @@ def test_a_shard_killed_within_a_batch_changes_nothing(undisturbed, tmp_path):
     assert report_bytes(store) == undisturbed
     (found,) = json.loads(undisturbed)["attributions"]
     assert found["stopping"]["reached"]
-    assert found["coalitions"] == {"planned": 38, "used": 38, "failed": 0}
+    assert found["coalitions"] == {"planned": 40, "used": 40, "failed": 0}
