@@ -6,7 +6,7 @@ model. It is computed against one retraining a coalition and averaged over the s
 
 A figure alone says little. The *ceiling* is what one retraining scores at predicting another, the
 *additivity* ceiling what the best additive model scores, cross-validated on the retrainings; where
-contributors interact much, no attribution can do better. At mixed sizes the equal split predicts
+contributors interact much, no attribution does well. At mixed sizes the equal split predicts
 something (more data, better model): the *floor*. At a fixed size it predicts nothing, and a fixed
 size cannot see a constant added to every value.
 
