@@ -151,13 +151,15 @@ def continued(job: Job) -> dict[str, Any] | None:
     before = job.predecessor
     if before is None:
         return None
-    known = set(before.known)
+    known, ledger = set(before.known), job.ledger
+    measured = (ledger.store.exists(ledger.derivation_name(k)) for k in before.planned.values())
     return {
         "spec": before.spec,
         "name": before.name,
         "contributors": {"then": before.contributors, "unchanged": before.shared.size},
         "coalitions": {
-            "measured": before.measured,
+            "planned": len(before.planned),
+            "measured": sum(measured),
             "valid": len(known),
             "in this design": sum(
                 e.entry.coalition in known and not e.entry.replicate
@@ -344,8 +346,9 @@ def continued_text(found: dict[str, Any] | None) -> list[str]:
     lines = [
         f"continues    {found['name']} ({found['spec'][:12]}): {people['unchanged']} of its "
         f"{people['then']} contributors are here with the same images",
-        f"             {coalitions['valid']} of its {coalitions['measured']} coalitions hold only "
-        f"these, {coalitions['in this design']} stand in this design",
+        f"             {coalitions['valid']} of the {coalitions['planned']} coalitions it planned "
+        f"hold only these, {coalitions['in this design']} stand in this design",
+        f"             {coalitions['measured']} of the {coalitions['planned']} are measured so far",
     ]
     if found["new_because"] is not None:
         lines.append(f"             all of them are new because of {found['new_because']}")

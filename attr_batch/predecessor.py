@@ -1,8 +1,11 @@
-"""What an earlier job measured that a job with other contributors may go on from.
+"""What an earlier job planned that a job with other contributors may go on from.
 
 A run key holds the digests of its coalition's members, of the base and of nothing else about the
 roster. So a coalition that was evaluated when others were there is evaluated now, if all its
 members still are, with the same images, and if the base is the same (`model.base`).
+
+A coalition counts from when it is planned, measured or not: the new plan must not change while
+either job runs.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ _WHERE = "estimator.continues"
 class Predecessor:
     """An earlier job as the present one sees it.
 
-    `shared` are the contributors of both with the same images, `known` those of its `measured`
-    coalitions that hold nobody else, both in the present roster; `trained` and `pruned` its bases.
+    `planned` are its coalitions but the empty one, in its own roster, with their run keys. `shared`
+    are the contributors of both with the same images, `known` those of the planned coalitions that
+    hold nobody else, both in the present roster; `trained` and `pruned` its bases.
     """
 
     name: str
@@ -32,7 +36,7 @@ class Predecessor:
     trained: str
     pruned: str
     contributors: int
-    measured: int
+    planned: Mapping[str, str]
     shared: Coalition
     known: tuple[Coalition, ...]
 
@@ -54,8 +58,8 @@ def find(ledger: Ledger, prefix: str, roster: Roster, numerics: Mapping[str, Any
     fact = ledger.fact(ledger.spec_name(specs[0])) or {}
     theirs: dict[str, str] = fact["content"]["data"]["contributors"]
     place = _places(theirs, roster)
-    measured = dict.fromkeys(c for lines in plans for c in _measured(lines[1:]))
-    known = [moved for c in measured if (moved := _moved(c, place, len(roster))) is not None]
+    planned = {c: key for lines in plans for c, key in _planned(lines[1:])}
+    known = [moved for c in planned if (moved := _moved(c, place, len(roster))) is not None]
     head = plans[0][0]
     return Predecessor(
         name=fact["name"],
@@ -63,7 +67,7 @@ def find(ledger: Ledger, prefix: str, roster: Roster, numerics: Mapping[str, Any
         trained=head["bases"][0],
         pruned=head["bases"][1],
         contributors=len(theirs),
-        measured=len(measured),
+        planned=planned,
         shared=Coalition.of((i for i in place if i is not None), len(roster)),
         known=tuple(c for c in known if c.size < len(roster)),
     )
@@ -75,13 +79,13 @@ def _places(theirs: Mapping[str, str], roster: Roster) -> list[int | None]:
     return [ours.get((name, theirs[name])) for name in sorted(theirs, key=natural)]
 
 
-def _measured(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the coalitions of a plan but the empty one: the design first, its order kept."""
+def _planned(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield (coalition, key) of a plan but the empty one: the design first, its order kept."""
     for role in ("design", "grand", "holdout"):
         for line in lines:
             own = line["subject"] == "derived" and not line["replicate"] and "study" not in line
             if own and line["role"] == role:
-                yield line["coalition"]
+                yield line["coalition"], line["key"]
 
 
 def _moved(text: str, place: list[int | None], n: int) -> Coalition | None:

@@ -206,6 +206,18 @@ def test_a_job_goes_on_when_contributors_come_or_go(going_on, past, digits, leas
     assert attribution["coalitions"]["failed"] == 0
 
 
+def test_what_was_planned_counts_before_it_is_measured_and_plan_says_how_much_is(going_on):
+    whole = going_on("01235")
+    lines = outlook.plan(whole)["continues"]["coalitions"]
+    assert lines["measured"] == lines["planned"] == 9 > lines["valid"]  # the design and everybody
+    assert "9 of the 9 are measured so far" in outlook.plan_text(outlook.plan(whole))
+    for key in list(whole.predecessor.planned.values())[:4]:
+        whole.ledger.store.path(whole.ledger.derivation_name(key)).unlink()
+    less = going_on("01235")
+    assert outlook.plan(less)["continues"]["coalitions"] == {**lines, "measured": 5}
+    assert [e.key for e in less.plan] == [e.key for e in whole.plan]
+
+
 def test_without_the_pinned_base_everything_is_new_and_plan_says_why(going_on, past):
     job = going_on("012345", base=None)
     found = outlook.plan(job)
