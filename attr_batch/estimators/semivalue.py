@@ -9,12 +9,15 @@ probability q, independently: q is uniform for the Shapley value (Owen's multili
 from __future__ import annotations
 
 from math import comb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from attr_batch.estimators.regression import Array, Rows
+if TYPE_CHECKING:
+    from attr_batch.estimators.regression import Rows
 
+Array = NDArray[np.float64]
 Semivalue = Literal["shapley", "banzhaf", "leave_one_out"]
 
 
@@ -38,6 +41,17 @@ def size_weights(semivalue: Semivalue, n: int) -> Array:
     return np.eye(n)[-1]
 
 
+def factors(Z: Array, semivalue: Semivalue) -> Array:
+    """Return the factor (m, n) of v(S) in each value, by the definition, for memberships Z (m, n).
+
+    Over all coalitions, both endpoints among them, the factors times v(S) add up to the values.
+    """
+    n, s = Z.shape[1], Z.sum(1).astype(int)
+    p = size_weights(semivalue, n)
+    each = np.array([p[k] / comb(n - 1, k) if p[k] else 0.0 for k in range(n)])
+    return np.where(Z > 0, np.append(0.0, each)[s][:, None], -np.append(each, 0.0)[s][:, None])
+
+
 def exact(rows: Rows, semivalue: Semivalue) -> tuple[Array, Array] | None:
     """Return the values (n,) by the definition, and their variance (n,) for unit noise of a row.
 
@@ -50,7 +64,6 @@ def exact(rows: Rows, semivalue: Semivalue) -> tuple[Array, Array] | None:
     if not asked.any() or (semivalue == "leave_one_out" and asked.sum() < n):
         return None
     p = size_weights(semivalue, n)
-    each = np.array([p[k] / comb(n - 1, k) if p[k] else 0.0 for k in range(n)])
-    C = np.where(rows.Z > 0, np.append(0.0, each)[s][:, None], -np.append(each, 0.0)[s][:, None])
+    C = factors(rows.Z, semivalue)
     ends = p[-1] * rows.v_full - p[0] * rows.v_empty
     return ends + C.T @ rows.v, (C * C).T @ (1 / rows.replicates)

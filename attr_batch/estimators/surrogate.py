@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attr_batch.errors import DataError
+from attr_batch.estimators.semivalue import factors
 from attr_batch.recipe import derive_seed
 
 Array = NDArray[np.float64]
@@ -132,10 +132,7 @@ def _enumerate(values: Callable[[Array], Array], n: int, empty: float) -> Array:
     masks = np.arange(1 << n)
     Z = (masks[:, None] >> np.arange(n) & 1).astype(np.float64)
     w = np.concatenate([[empty], values(Z[1:])])
-    s = Z.sum(axis=1).astype(int)
-    gain = np.array([0.0, *(1 / (n * comb(n - 1, k - 1)) for k in range(1, n + 1))])
-    loss = np.array([*(1 / (n * comb(n - 1, k)) for k in range(n)), 0.0])
-    return np.where(Z > 0, gain[s][:, None], -loss[s][:, None]).T @ w
+    return factors(Z, "shapley").T @ w
 
 
 def _permute(values: Callable[[Array], Array], order: NDArray[np.int64], empty: float) -> Array:
