@@ -336,11 +336,11 @@ def test_what_is_written_down():
 
 @pytest.mark.parametrize(
     ("family", "narrower"),
-    [(games.log_total, 0.7), (games.class_entropy, 0.7), (games.coverage, 1.0)],
+    [(games.log_total, 0.8), (games.class_entropy, 0.6), (games.coverage, 1.0)],
 )
 def test_a_correlated_surrogate_halves_the_error(family, narrower):
     n, errors, widths = 12, {False: [], True: []}, {False: [], True: []}
-    for seed in range(3):
+    for seed in range(24):
         game, other = family(n, seed), family(n, seed + 10)
         surrogate = Surrogate(lambda Z, a=game, b=other: 0.85 * a.value(Z) + 0.15 * b.value(Z))
         one = Ridge(budget=4 * n, seed=seed, holdout=0)
@@ -349,6 +349,7 @@ def test_a_correlated_surrogate_halves_the_error(family, narrower):
             found = one.estimate(seen, n, given_)
             errors[on].append(error(found.values, game.shapley()))
             widths[on].append(found.half_width)
+    assert np.mean(errors[True]) < 0.7 * np.mean(errors[False])
     assert np.mean(widths[True]) < narrower * np.mean(widths[False])
 
 
