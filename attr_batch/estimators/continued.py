@@ -27,7 +27,7 @@ def continued(
 
     `shared` are the contributors of both games, `known` subsets of it, taken in the order given.
     No pair comes twice, none of the holdout side is taken, and the plan of a smaller budget is a
-    prefix of a larger one's, as without.
+    prefix of a larger one's, as without. A repeat is one of what took the place.
     """
     waiting: dict[tuple[int, ...], deque[Coalition]] = defaultdict(deque)
     for coalition in known:
@@ -37,12 +37,17 @@ def continued(
     instead: dict[int, Coalition] = {}  # of a pair that was given early: what it displaced
     given: set[int] = set()
     found: list[Entry] = []
+    drawn: dict[int, Coalition] = {}  # the design, by index
     for entry in entries:
+        if entry.sequence == "repeat":
+            found.append(replace(entry, coalition=drawn[entry.index]))
+            continue
         if entry.pair is None or entry.replicate:
             found.append(entry)
             continue
         if entry.index % 2:  # the complement of the one before
-            found.append(replace(entry, coalition=found[-1].coalition.complement()))
+            drawn[entry.index] = drawn[entry.index - 1].complement()
+            found.append(replace(entry, coalition=drawn[entry.index]))
             continue
         chosen = instead.pop(_pair(entry.coalition), entry.coalition)
         if _pair(chosen) not in wanted:
@@ -53,6 +58,7 @@ def continued(
                 instead[_pair(queue[0])] = chosen
                 chosen = queue.popleft()
         given.add(_pair(chosen))
+        drawn[entry.index] = chosen
         found.append(replace(entry, coalition=chosen))
     return found
 
