@@ -1,6 +1,7 @@
-"""Make the pictures of README and docs from a finished demo: `python docs/pictures.py`.
+"""Make the pictures of README and docs from a finished demo: `python docs/pictures.py [STORE]`.
 
-Needs Debian's chromium (or `CHROMIUM=/path`); reads the store that `make demo` leaves.
+Needs Debian's chromium (or `CHROMIUM=/path`); reads the store that `make demo` leaves, or another
+that holds that job alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs/images"
-STORE = ROOT / "attr-batch-store"
+STORE = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "attr-batch-store"
 PORT = 5187
 
 
