@@ -60,8 +60,8 @@ _SEMIVALUES = {
 }
 # By the beginning of `interval.method`.
 _INTERVALS = {
-    "paired-ls": "The intervals belong to the least-squares values, not to the estimator's, which "
-    "is steadier but biased towards an equal split.",
+    "paired-ls": "The intervals belong to the least-squares values, not to the estimator's where "
+    "that is another: a ridge is steadier but biased towards an equal split.",
     "replicates": "Every coalition was measured: the intervals hold the noise of training alone.",
     "permutation": "The intervals come from how much the values differ between permutations.",
     "gp": "The intervals are the model's own opinion of itself (a Gaussian process's posterior): "
