@@ -186,8 +186,11 @@ class Job:
     def check_validation(self) -> None:
         """Check that what a validation asks for can be done with the model."""
         section, model = self.spec.validation, self.spec.model
-        ways = (section.oracle, *section.counterfactuals)
-        checks: list[Callable[[], None]] = [partial(way.check, model) for way in ways]
+        checks: list[Callable[[], None]] = [
+            partial(section.oracle.check, model, "validation.oracle")
+        ]
+        for i, way in enumerate(section.counterfactuals):
+            checks.append(partial(way.check, model, f"validation.counterfactuals.{i}"))
         for i, baseline in enumerate(section.baselines):
             where = f"validation.baselines.{i}"
             checks.append(partial(baseline.check, model.schedule, where))

@@ -15,6 +15,7 @@ from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
 from attr_batch.facts import Facts
 from attr_batch.job import Evaluation, Job
 from attr_batch.predecessor import Predecessor
+from attr_batch.studies import Studies
 
 MODELS = "the coalitions' models"
 # Which sections of the resolved spec each kind of thing depends on.
@@ -45,6 +46,7 @@ def status(job: Job) -> dict[str, Any]:
         "numerics": job.numerics,
         "bases": {"trained": _thing(job, job.dense_id), "pruned": _thing(job, job.pruned_id)},
         "evaluations": {"planned": len(rows), **counts},
+        "validation": _validation(job),
         "stopping": _stopping(facts),
         "running": list(_running(job)),
         "failed": [_failure(job, e) for e, name in rows if name == "failed"],
@@ -52,6 +54,14 @@ def status(job: Job) -> dict[str, Any]:
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else left * per_evaluation / job.workers,
     }
+
+
+def _validation(job: Job) -> dict[str, int] | None:
+    """Count what `validate` evaluates beside the plan; None where the spec does not speak of it."""
+    if "validation" not in job.spec.model_fields_set:
+        return None
+    beside = {e.key: e for study in Studies.of(job) for e in job.evaluations(study)}
+    return {"planned": len(beside), "done": sum(map(job.done, beside.values()))}
 
 
 def state(job: Job, evaluation: Evaluation) -> str:
@@ -390,6 +400,8 @@ def status_text(facts: dict[str, Any]) -> str:
         f"{'evaluations':<14}{e['done']} of {e['planned']} done, {e['running']} running, "
         f"{e['failed']} failed, {e['waiting']} waiting"
     )
+    if (v := facts["validation"]) is not None:
+        lines.append(f"{'validation':<14}{v['done']} of {v['planned']} done (attr-batch validate)")
     if facts["stopping"] is not None:
         lines.append(f"{'target':<14}{_stopping_text(facts['stopping'])}")
     for item in facts["running"]:

@@ -383,6 +383,9 @@ def test_retraining_needs_to_know_how():
     with pytest.raises(SpecError) as caught:
         Retrain().check(DiffusersFolder(path="anywhere"))
     assert caught.value.problems[0].where == "counterfactual.training"
+    with pytest.raises(SpecError) as caught:
+        Retrain().check(DiffusersFolder(path="anywhere"), "validation.oracle")
+    assert caught.value.problems[0].where == "validation.oracle.training"
     Retrain(training=FEW).check(DiffusersFolder(path="anywhere"))
     Retrain().check(MODEL)
 

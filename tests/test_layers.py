@@ -22,7 +22,7 @@ LAYERS = [
         "counterfactual", "baselines",
     ],
     ["spec"],
-    ["tracking", "predecessor", "job", "facts", "results", "outlook", "studies", "scoring"],
+    ["tracking", "predecessor", "job", "facts", "results", "studies", "outlook", "scoring"],
     ["runner", "validate", "doctor"],
     ["cli"],
 ]  # fmt: skip

@@ -12,6 +12,7 @@ import played
 import pytest
 from conftest import TINY
 
+from attr_batch import outlook
 from attr_batch.errors import SpecError
 from attr_batch.job import Evaluation, Job
 from attr_batch.scoring import Readings, methods, names, ranks, score, to_bytes
@@ -169,6 +170,15 @@ def test_an_unfinished_validation_reports_what_there_is(tiny):
         assert table(validation)
         assert markdown(validation)
         assert all(svg.startswith("<svg") for svg in figures(validation).values())
+
+
+def test_status_counts_the_validation(readings, tiny):
+    counts = outlook.status(readings.job)["validation"]
+    assert counts["done"] == counts["planned"] > 100
+    assert f"{counts['planned']} of {counts['planned']} done (attr-batch validate)" in (
+        outlook.status_text(outlook.status(readings.job))
+    )
+    assert outlook.status(tiny())["validation"] is None
 
 
 def test_the_same_facts_give_the_same_bytes(readings):

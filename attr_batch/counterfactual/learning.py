@@ -29,8 +29,8 @@ class Brief(Training):
     warmup: int = Field(default=0, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "constant"
 
-    def check(self, model: Model) -> None:
-        """Raise SpecError if this cannot be done with `model`: never."""
+    def check(self, model: Model, where: str = "counterfactual") -> None:
+        """Raise SpecError, about the spec's path `where`, if this cannot be done: never."""
 
 
 class _Finetuning(Brief):
@@ -153,9 +153,9 @@ class Retrain(Part):
         description="Weights to sample from: the last ones, or an average of late ones.",
     )
 
-    def check(self, model: Model) -> None:
-        """Raise SpecError if it is not said how to train."""
-        self._training(model)
+    def check(self, model: Model, where: str = "counterfactual") -> None:
+        """Raise SpecError, about the spec's path `where`, if it is not said how to train."""
+        self._training(model, where)
 
     def derive(
         self,
@@ -174,11 +174,11 @@ class Retrain(Part):
         ema = _short_ema(self.ema, module)
         return _learn(module, images, base.schedule, self._training(base.model), ema, **run)
 
-    def _training(self, model: Model) -> Training:
+    def _training(self, model: Model, where: str = "counterfactual") -> Training:
         training = self.training or model.training
         if training is None:
-            hint = "say how to train: counterfactual: {kind: retrain, training: {steps: ...}}"
-            raise SpecError("retraining a model used as it is", "counterfactual.training", hint)
+            hint = "say how to train: {kind: retrain, training: {steps: ...}}"
+            raise SpecError("retraining a model used as it is", f"{where}.training", hint)
         return training
 
 

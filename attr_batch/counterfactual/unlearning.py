@@ -99,8 +99,8 @@ class InfluenceUnlearning(Part):
         """The model that unlearns."""
         return self.base
 
-    def check(self, model: Model) -> None:
-        """Raise SpecError if this cannot be done with `model`: never."""
+    def check(self, model: Model, where: str = "counterfactual") -> None:
+        """Raise SpecError, about the spec's path `where`, if this cannot be done: never."""
 
     def derive(
         self,
