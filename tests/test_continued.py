@@ -65,8 +65,10 @@ def test_a_continued_plan_is_a_permutation_of_the_design_in_its_strata(n, left, 
     assert all(b == a.complement() for a, b in list(pairwise(new))[::2])
     distinct = {(e.coalition, e.replicate) for e in found if e.sequence == "design"}
     assert len(distinct) == len(new)
-    again = [e.coalition for e in found if e.sequence == "repeat"]
-    assert again == new[: len(again)]
+    again = [e for e in found if e.sequence == "repeat"]
+    assert all(e.coalition == new[e.index] for e in again)
+    measured = [(e.coalition, e.replicate) for e in found if e.sequence in ("design", "repeat")]
+    assert len(set(measured)) == len(measured)
     assert len(again) == sum(e.sequence == "repeat" for e in plan)
     held = {e.coalition for e in found if e.role == "holdout"}
     assert held.isdisjoint(new)

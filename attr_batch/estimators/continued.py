@@ -27,7 +27,8 @@ def continued(
 
     `shared` are the contributors of both games, `known` subsets of it, taken in the order given.
     No pair comes twice, none of the holdout side is taken, and the plan of a smaller budget is a
-    prefix of a larger one's, as without. A repeat is one of what took the place.
+    prefix of a larger one's, as without. A repeat is one of what took the place, unless the design,
+    when it has drawn every pair, repeats that itself.
     """
     waiting: dict[tuple[int, ...], deque[Coalition]] = defaultdict(deque)
     for coalition in known:
@@ -38,9 +39,11 @@ def continued(
     given: set[int] = set()
     found: list[Entry] = []
     drawn: dict[int, Coalition] = {}  # the design, by index
+    twice = {entry.coalition for entry in entries if entry.sequence == "design" and entry.replicate}
     for entry in entries:
         if entry.sequence == "repeat":
-            found.append(replace(entry, coalition=drawn[entry.index]))
+            if drawn[entry.index] not in twice:
+                found.append(replace(entry, coalition=drawn[entry.index]))
             continue
         if entry.pair is None or entry.replicate:
             found.append(entry)
