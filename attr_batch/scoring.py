@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from statistics import median
 from typing import Any, Literal
@@ -101,12 +101,15 @@ class Readings:
         """Return the endpoints' values by role where they are the paper's: see `spec.endpoints`."""
         if self.job.spec.endpoints == "derived" or study.streams:
             return {}
-        facts = Facts(self.job)
         found = {
-            "grand": facts.reference(prop, "trained"),
-            "empty": facts.reference(prop, "untrained"),
+            "grand": self._job_facts.reference(prop, "trained"),
+            "empty": self._job_facts.reference(prop, "untrained"),
         }
         return {role: value for role, value in found.items() if value is not None}
+
+    @cached_property
+    def _job_facts(self) -> Facts:
+        return Facts(self.job)
 
     def seconds(self, study: Study, entries: Sequence[Entry] | None = None) -> float:
         """Return worker seconds of a study's evaluations, or of some of its entries'."""

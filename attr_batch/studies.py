@@ -153,15 +153,13 @@ class Studies:
     @cached_property
     def alone(self) -> Study:
         """Each contributor alone, under the job's counterfactual."""
-        return self._own("alone", self._coalitions([Coalition.of([i], self.n) for i in self._i]))
-
-    @property
-    def _i(self) -> range:
-        return range(self.n)
+        return self._own(
+            "alone", self._coalitions([Coalition.of([i], self.n) for i in range(self.n)])
+        )
 
     def _left_out(self) -> list[Entry]:
         everyone = Coalition.grand(self.n)
-        alone = [Coalition.of([i], self.n).complement() for i in self._i]
+        alone = [Coalition.of([i], self.n).complement() for i in range(self.n)]
         return self._coalitions([everyone, *alone])
 
     @staticmethod

@@ -40,36 +40,42 @@ def validate(
         Others: those of `runner.run`.
     """
     job.check_validation()
-    ranks(Readings(job, Studies.of(job)))  # who is to be ranked: a wrong name is said now
+    studies = Studies.of(job)
+    ranks(Readings(job, studies))  # who is to be ranked: a wrong name is said now
     if provisional and not job.ledger.marked:
         raise IncompleteDesign("nothing has been evaluated yet", str(job.ledger))
-    if not provisional and not _work(job, shard, shards):
-        return None
-    readings = Readings(job, Studies.of(job), None, scores(job))
+    if not provisional:
+        done = _work(job, shard, shards)
+        if done is None:
+            return None
+        studies = done
+    readings = Readings(job, studies, None, scores(job, studies))
     readings.removal = _removal(readings)
     return publish(readings)
 
 
-def _work(job: Job, shard: int, shards: int) -> bool:
-    """Do the job, its studies, the baselines, then what the ranks ask for; whether all is there.
+def _work(job: Job, shard: int, shards: int) -> Studies | None:
+    """Do the job, its studies, the baselines, then what the ranks ask for; None unless all is done.
 
     Whichever shard finds a round complete goes on to the next, if need be alone.
     """
     if job.target is not None and runner.run(job, shard, shards) is None:
-        return False  # only when it has stopped is it known what counts
+        return None  # only when it has stopped is it known what counts
     studies = Studies.of(job)
-    if not _evaluate(job, list(studies), shard, shards):
-        return False
+    if not _evaluate(job, studies, None, shard, shards):
+        return None
     runner.run(job, shard, shards)
     _score_baselines(job, studies)
-    removal = _removal(Readings(job, studies, None, scores(job)))
-    return removal is None or _evaluate(job, [*studies, removal], shard, shards)
+    removal = _removal(Readings(job, studies, None, scores(job, studies)))
+    if removal is not None and not _evaluate(job, studies, removal, shard, shards):
+        return None
+    return studies
 
 
-def _evaluate(job: Job, studies: list[Study], shard: int, shards: int) -> bool:
+def _evaluate(job: Job, studies: Studies, removal: Study | None, shard: int, shards: int) -> bool:
     """Do what is missing of the job and the studies; whether all is there then."""
-    made = [digest(inputs) for *_, inputs in _wanted(job, Studies.of(job))]
-    wider = Job(job.spec, studies, made)
+    made = [digest(inputs) for *_, inputs in _wanted(job, studies)]
+    wider = Job(job.spec, [*studies, *([removal] if removal else [])], made)
     wider.write_down()
     if runner.complete(wider):
         return True
@@ -109,10 +115,10 @@ def publish(readings: Readings) -> Validation:
 # -- baselines ------------------------------------------------------------------------------------
 
 
-def scores(job: Job) -> Scores:
+def scores(job: Job, studies: Studies) -> Scores:
     """Return what has been computed of the baselines."""
     found: Scores = {prop.name: {} for prop in job.spec.properties}
-    for prop, name, _, inputs in _wanted(job, Studies.of(job)):
+    for prop, name, _, inputs in _wanted(job, studies):
         thing_id = digest(inputs)
         if job.ledger.thing("properties", thing_id) is not None:
             folder, _ = job.ledger.verified_thing("properties", thing_id)

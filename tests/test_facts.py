@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from played import prepare
+from played import publish as put
 
 from attr_batch import outlook, results, runner
 from attr_batch.errors import IncompleteDesign, NumericsError
@@ -43,28 +45,7 @@ def utility(evaluation: Evaluation) -> float:
 
 def publish(job: Job, evaluations: Iterable[Evaluation]) -> None:
     """Put utilities into the ledger."""
-    ledger = job.ledger
-    provenance = {"processor": "p", "torch": "t"}
-    for evaluation in evaluations:
-        fact = {"key": evaluation.key, "recipe": dict(evaluation.recipe), "seconds": {}}
-        ledger.publish_fact(
-            ledger.derivation_name(evaluation.key), {**fact, "provenance": provenance}
-        )
-        for prop in job.spec.properties:
-            prop_digest = job.property_digest(prop)
-            value = {"value": utility(evaluation), "stderr": 0.0, "seconds": 0.0}
-            fact = {"key": evaluation.key, "property_digest": prop_digest, **value}
-            ledger.publish_fact(ledger.value_name(evaluation.key, prop.name, prop_digest), fact)
-
-
-def prepare(job: Job) -> None:
-    """Publish what all share, empty: the game needs none of it."""
-    job.write_down()
-    for family, thing_id in job.things:
-        folder = job.ledger.work(f"{family}/{thing_id}")
-        folder.mkdir()
-        (folder / "card.json").write_text('{"macs": [2, 1], "parameters": [2, 1]}')
-        job.ledger.publish_thing(family, thing_id, folder, {}, 0.0)
+    put(job, evaluations, utility)
 
 
 @pytest.fixture
