@@ -10,8 +10,9 @@ contributors interact much, no attribution does well. At mixed sizes the equal s
 something (more data, better model): the *floor*. At a fixed size it predicts nothing, and a fixed
 size cannot see a constant added to every value.
 
-Intervals are from a bootstrap over coalitions, oracle seeds and design seeds at once. All methods
-share its draws, so the difference of two methods has an interval of its own, narrower than theirs.
+Intervals are from a bootstrap over coalitions, oracle seeds and design seeds at once; where a
+coalition was retrained with its complement, over pairs. All methods share its draws, so the
+difference of two methods has an interval of its own, narrower than theirs.
 """
 
 from __future__ import annotations
@@ -36,12 +37,17 @@ _FEWEST = 5  # coalitions of which a correlation says anything
 
 @dataclass(frozen=True)
 class Oracle:
-    """Retrained coalitions: memberships `Z` (m, n), property `v` (seeds, m), NaN where it lacks."""
+    """Retrained coalitions: memberships `Z` (m, n), property `v` (seeds, m), NaN where it lacks.
+
+    Coalitions of one `unit` (m,) were chosen together, a coalition and its complement, and are
+    resampled together; by default each is its own.
+    """
 
     name: str
     alpha: float | None
     Z: Array
     v: Array
+    unit: Array | None = None
 
     @cached_property
     def whole(self) -> Oracle:
@@ -49,7 +55,8 @@ class Oracle:
         begun = np.isfinite(self.v).mean(axis=1) > 0.5
         v = self.v[begun] if begun.any() else self.v[:1]
         known = np.isfinite(v).all(axis=0)
-        return Oracle(self.name, self.alpha, self.Z[known], v[:, known])
+        unit = None if self.unit is None else self.unit[known]
+        return Oracle(self.name, self.alpha, self.Z[known], v[:, known], unit)
 
     @property
     def enough(self) -> bool:
@@ -67,10 +74,12 @@ class Draws:
 
     @classmethod
     def of(cls, oracle: Oracle, seed: int, draws: int = DRAWS) -> Draws:
-        """Return draws that depend on the numbers of coalitions and seeds alone."""
+        """Return draws that depend on the numbers of seeds and coalitions and on `unit` alone."""
         R, m = oracle.v.shape
+        units = np.arange(m) if oracle.unit is None else oracle.unit
+        which, at = np.unique(units, return_inverse=True)
         rng = np.random.default_rng(derive_seed("lds", seed, R, m))
-        return cls(_counts(rng, m, draws), _counts(rng, R, draws) / R, seed)
+        return cls(_counts(rng, len(which), draws)[:, at], _counts(rng, R, draws) / R, seed)
 
     def designs(self, D: int) -> Array:
         """Return how much each of D designs counts, (draws, D), rows sum to one."""
@@ -148,7 +157,10 @@ def interval(value: float | None, draws: Array) -> Estimate:
 
 
 def ceiling(oracle: Oracle, draws: Draws) -> Estimate:
-    """Return what one retraining scores at predicting another, over all pairs of seeds."""
+    """Return what one retraining scores at predicting another, over all pairs of seeds.
+
+    The interval is over coalitions alone: a seed drawn twice would predict itself.
+    """
     R = len(oracle.v)
     if R < 2:
         return interval(None, np.zeros(0))

@@ -417,8 +417,8 @@ def attribute(
     """Return the attribution of utilities in a CSV file.
 
     `draws` is that many lists of values, in the order of the contributors, each from resampled
-    pairs; None where none were asked for. SpecError below one draw, and for an estimator that does
-    not read pairs.
+    pairs; None where none were asked for. SpecError below one draw, for an estimator that does not
+    read pairs, and where every coalition was measured, since then nothing was sampled.
     """
     from attr_batch.estimators.bootstrap import bootstrap
     from attr_batch.table import read_values
@@ -426,6 +426,10 @@ def attribute(
     if draws is not None:
         _check_draws(draws, estimator)
     observations, n = read_values(path, players)
+    between = {o.coalition for o in observations if o.role not in ("empty", "grand", "holdout")}
+    if draws is not None and len(between) == (1 << n) - 2:
+        what = "every coalition was measured: there is no sample to draw again"
+        raise SpecError(what, "--draws", "`noise` and the interval say what repeats vary")
     with one_thread():
         found, drawn = estimator.estimate(observations, n), None
         if draws is not None:

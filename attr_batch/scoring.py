@@ -140,7 +140,9 @@ class Readings:
             known, entries = self.utilities(studies.reference, prop), studies.reference.entries
             design = [e.coalition for e in entries if e.role == "design" and not e.replicate]
             v = [[known.get((c.mask, 0), np.nan) for c in design]]
-            found.append(lds.Oracle("mixed", None, _members(design), np.array(v)))
+            pair = np.array([min(c.mask, c.complement().mask) for c in design], dtype=object)
+            unit = np.unique(pair, return_inverse=True)[1]
+            found.append(lds.Oracle("mixed", None, _members(design), np.array(v), unit))
         return found
 
     def reference(self, prop: Property) -> Attribution | None:
@@ -216,8 +218,7 @@ def _methods(readings: Readings) -> Iterator[tuple[str, Callable[[Property], Val
     if studies.samplings:
         yield estimated("reference, own draws", Reference(), studies.samplings)
     if job.statistics:
-        plain = own.model_copy(update={"surrogate": "none"})
-        yield estimated(f"{own.kind}, no surrogate", plain, studies.designs)
+        yield estimated(*_without_surrogate(own, studies.designs))
     others = [s for s in studies.steps if len(s.entries) > len(studies.compared)]
     for study in (*others, *studies.rivals):
         if study.counterfactual != job.spec.counterfactual:
@@ -235,6 +236,14 @@ def _methods(readings: Readings) -> Iterator[tuple[str, Callable[[Property], Val
     for baseline in section.baselines:
         name = studies.label(baseline)
         yield name, partial(_baseline, readings, name)
+
+
+def _without_surrogate(
+    estimator: Any, designs: Sequence[Study]
+) -> tuple[str, Any, Sequence[Study]]:
+    """Return what the free game of training images adds is seen without."""
+    plain = estimator.model_copy(update={"surrogate": "none"})
+    return f"{estimator.kind}, no surrogate", plain, designs
 
 
 def _estimated(
@@ -532,13 +541,15 @@ def _budget(
     if oracle is None:
         return
     studies, own = readings.studies, readings.job.spec.estimator
-    curves = [(own, studies.designs), (Reference(), studies.samplings)]
+    curves = [(own.kind, own, studies.designs), ("reference", Reference(), studies.samplings)]
+    if readings.job.statistics:
+        curves.insert(1, _without_surrogate(own, studies.designs))
     others = [s for s in studies.steps if s.counterfactual != studies.spec.counterfactual]
-    curves += [(own, [study]) for study in (*others, *studies.rivals)]
+    curves += [(own.kind, own, [study]) for study in (*others, *studies.rivals)]
     if readings.job.spec.validation.reference:
-        curves.append((own, [studies.reference]))
+        curves.append((own.kind, own, [studies.reference]))
     target = reference and reference.ls_values
-    for reader, designs in curves:
+    for name, reader, designs in curves:
         most = max((sum(e.sequence == "design" for e in d.entries) for d in designs), default=0)
         for budget in (int(times * studies.n) // 2 * 2 for times in BUDGETS):
             if not 4 <= budget <= most:
@@ -550,7 +561,7 @@ def _budget(
             spent = [readings.seconds(d, fitted(d, budget)) for d in designs]
             yield {
                 "counterfactual": studies.label(designs[0].counterfactual),
-                "estimator": reader.kind,
+                "estimator": name,
                 "evaluations": budget,
                 "seconds": float(np.mean(spent)),
                 "lds": lds.lds(lds.subset_sums(values, oracle), oracle)[0],

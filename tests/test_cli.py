@@ -224,6 +224,14 @@ def test_draws_that_cannot_be_are_refused(options, message, measured, capsys):
     assert "hint" in err
 
 
+def test_draws_of_a_complete_table_are_refused(tmp_path, capsys):
+    path = tmp_path / "whole.csv"
+    path.write_text("coalition,value\n" + "".join(f"{k:03b},{k}.5\n" for k in range(8)))
+    code, out, err = call(capsys, "attribute", path, "--json", "--draws", 2)
+    assert (code, out) == (64, "")
+    assert "every coalition was measured" in err and "--draws" in err
+
+
 def test_doctor_says_which_ops_are_native(capsys):
     facts = json.loads(call(capsys, "doctor", "--json")[1])
     assert facts["ops"]["solver_step"].split()[0].strip(",") in ("native", "reference")

@@ -48,6 +48,19 @@ def test_draws_share_out_seeds_and_designs():
     assert set(np.unique(draws.designs(3) * 3)) == {0, 1, 2, 3}
 
 
+def test_a_pair_is_drawn_as_one():
+    truth, _ = oracle(m=6, seeds=1)
+    unit = np.array([7, 3, 7, 3, 5, 5])
+    lacking = truth.v.copy()
+    lacking[0, 4] = np.nan
+    draws = Draws.of(Oracle("mixed", None, truth.Z, truth.v, unit), seed=0, draws=300)
+    counts = draws.coalitions
+    assert (counts[:, 0] == counts[:, 2]).all() and (counts[:, 1] == counts[:, 3]).all()
+    assert (counts.sum(axis=1) == 6).all() and (counts[:, 0] != counts[:, 1]).any()
+    whole = Oracle("mixed", None, truth.Z, lacking, unit).whole
+    assert whole.unit is not None and whole.unit.tolist() == [7, 3, 7, 3, 5]
+
+
 def test_a_perfect_prediction_scores_one_and_a_constant_nothing():
     truth, phi = oracle()
     assert lds.lds(lds.subset_sums([phi], truth), truth)[0] == pytest.approx(1)

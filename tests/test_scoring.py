@@ -103,6 +103,13 @@ def test_a_validation_of_an_additive_game_says_what_is_true_of_it(found):
     assert 0 < lead["low"] <= lead["value"] <= lead["high"]
 
 
+def test_the_mixed_set_is_of_pairs(readings):
+    mixed = readings.oracles(readings.job.spec.properties[0])[-1]
+    assert len(mixed.Z) == 40 and len(set(mixed.unit)) == 20
+    for unit in mixed.unit:
+        assert (mixed.Z[mixed.unit == unit].sum(axis=0) == 1).all()
+
+
 def test_evaluations_and_seconds_are_those_of_the_design(readings, found):
     by_name = {method["name"]: method for method in found["methods"]}
     entries = [e for e in readings.studies.designs[0].entries if e.role != "holdout"]

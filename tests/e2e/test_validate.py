@@ -96,6 +96,7 @@ def test_a_validation_is_interrupted_resumed_and_reported(folder):
     assert [oracle["subsets"] for oracle in entropy["oracle"]] == [6, 8]
     assert entropy["oracle"][0]["ceiling"]["value"] is not None
     assert entropy["removal"]
+    assert "ridge, no surrogate" in {row["estimator"] for row in entropy["budget"]}
     assert confidence["fidelity"]
     trak = next(m for m in entropy["methods"] if m["name"] == "trak")
     assert trak["values"] == next(m for m in confidence["methods"] if m["name"] == "trak")["values"]
