@@ -47,7 +47,7 @@ class Oracle:
     alpha: float | None
     Z: Array
     v: Array
-    unit: Array | None = None
+    unit: np.ndarray | None = None
 
     @cached_property
     def whole(self) -> Oracle:

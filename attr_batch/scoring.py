@@ -138,11 +138,10 @@ class Readings:
             found.append(lds.Oracle(name, subsets.alpha, _members(coalitions), np.array(v)))
         if section.reference:
             known, entries = self.utilities(studies.reference, prop), studies.reference.entries
-            design = [e.coalition for e in entries if e.role == "design" and not e.replicate]
-            v = [[known.get((c.mask, 0), np.nan) for c in design]]
-            pair = np.array([min(c.mask, c.complement().mask) for c in design], dtype=object)
-            unit = np.unique(pair, return_inverse=True)[1]
-            found.append(lds.Oracle("mixed", None, _members(design), np.array(v), unit))
+            design = [e for e in entries if e.role == "design" and not e.replicate]
+            v = [[known.get((e.coalition.mask, 0), np.nan) for e in design]]
+            Z, pairs = _members([e.coalition for e in design]), np.array([e.pair for e in design])
+            found.append(lds.Oracle("mixed", None, Z, np.array(v), pairs))
         return found
 
     def reference(self, prop: Property) -> Attribution | None:

@@ -2,12 +2,12 @@
 
     python benchmarks/counterfactuals.py --json [--quick] [JOB.yaml ...]
 
-The ways are those of the job's `validation` section (default: the digits and the fashion job's), and
-the coalition is half of the contributors. They take turns on one thread in one process, so a busy
-machine slows all alike; `seconds` is the median turn. `model` is the derivation alone, `of_retrain`
-how many times faster model and samples are than retraining's. The bases are untrained: what a step
-costs does not depend on the weights. Retraining takes a tenth of its steps, and its model's seconds
-are ten times that.
+The ways are those of the job's `validation` section (default: the digits and the fashion job's),
+and the coalition is half of the contributors. They take turns on one thread in one process, so a
+busy machine slows all alike; `seconds` is the median turn. `model` is the derivation alone,
+`of_retrain` how many times faster model and samples are than retraining's. The bases are untrained:
+what a step costs does not depend on the weights. Retraining takes a tenth of its steps, and its
+model's seconds are ten times that.
 """
 
 from __future__ import annotations

@@ -55,10 +55,13 @@ def test_a_pair_is_drawn_as_one():
     lacking[0, 4] = np.nan
     draws = Draws.of(Oracle("mixed", None, truth.Z, truth.v, unit), seed=0, draws=300)
     counts = draws.coalitions
-    assert (counts[:, 0] == counts[:, 2]).all() and (counts[:, 1] == counts[:, 3]).all()
-    assert (counts.sum(axis=1) == 6).all() and (counts[:, 0] != counts[:, 1]).any()
+    assert (counts[:, 0] == counts[:, 2]).all()
+    assert (counts[:, 1] == counts[:, 3]).all()
+    assert (counts.sum(axis=1) == 6).all()
+    assert (counts[:, 0] != counts[:, 1]).any()
     whole = Oracle("mixed", None, truth.Z, lacking, unit).whole
-    assert whole.unit is not None and whole.unit.tolist() == [7, 3, 7, 3, 5]
+    assert whole.unit is not None
+    assert whole.unit.tolist() == [7, 3, 7, 3, 5]
 
 
 def test_a_perfect_prediction_scores_one_and_a_constant_nothing():

@@ -105,7 +105,8 @@ def test_a_validation_of_an_additive_game_says_what_is_true_of_it(found):
 
 def test_the_mixed_set_is_of_pairs(readings):
     mixed = readings.oracles(readings.job.spec.properties[0])[-1]
-    assert len(mixed.Z) == 40 and len(set(mixed.unit)) == 20
+    assert len(mixed.Z) == 40
+    assert len(set(mixed.unit)) == 20
     for unit in mixed.unit:
         assert (mixed.Z[mixed.unit == unit].sum(axis=0) == 1).all()
 
