@@ -9,7 +9,6 @@ are really taken away; what did all this cost, and what does it not show.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -39,7 +38,7 @@ from attr_batch.verdict import (
     with_interval,
 )
 
-__all__ = ["figures", "markdown", "page", "table"]
+__all__ = ["figures", "page", "table"]
 
 WIDTH = 80  # of the terminal's table
 
@@ -525,36 +524,3 @@ def _line(method: Method, first: OracleSet, lead: Estimate) -> tuple[str, ...]:
         str(method["evaluations"]),
         number(seconds, 1 if seconds is not None and seconds < 10 else 0),
     )
-
-
-def markdown(validation: Validation) -> str:
-    """Return the comparison table for README: the first two properties at their first set.
-
-    Rows are the headline property's methods and what limits a score; evaluations and seconds are
-    the same for all properties.
-    """
-    properties = [p for p in validation["properties"] if p["oracle"]][:2]
-    if not properties:
-        return ""
-    heads = ["method"]
-    for prop in properties:
-        heads += [f"LDS {prop['title']}, {prop['oracle'][0]['name']}", "lead"]
-    rows = [[*heads, "evaluations", "worker seconds"], ["---"] * (len(heads) + 2)]
-    for method in by_family(properties[0]):
-        row = [method["name"]]
-        for prop in properties:
-            mine = next((m for m in prop["methods"] if m["name"] == method["name"]), None)
-            score = UNKNOWN if mine is None else score_of(prop, mine)
-            lead = UNKNOWN if mine is None else lead_of(prop, mine)
-            row += [with_interval(score), with_interval(lead)]
-        rows.append([*row, str(method["evaluations"]), number(method["seconds"], 0)])
-    for limit in zip(*(_limits(p["oracle"][0]) for p in properties), strict=True):
-        figures = [text for _, figure in limit for text in (with_interval(figure), "")]
-        rows.append([limit[0][0], *figures, "", ""])
-    return "".join(f"| {' | '.join(map(_escaped, row))} |\n" for row in rows)
-
-
-def _escaped(text: str) -> str:
-    """Return text that Markdown shows in a table cell as it is."""
-    shown = html.escape(visible(text), quote=False) if text else ""
-    return shown.replace("|", "\\|").replace("`", "\\`")

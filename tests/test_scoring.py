@@ -18,7 +18,7 @@ from attr_batch.job import Evaluation, Job
 from attr_batch.scoring import Readings, methods, names, ranks, score, to_bytes
 from attr_batch.spec import validate
 from attr_batch.studies import Studies
-from attr_batch.validation_report import figures, markdown, page, table
+from attr_batch.validation_report import figures, page, table
 
 N = 8
 GAME = games.linear(N, 1)
@@ -176,7 +176,6 @@ def test_an_unfinished_validation_reports_what_there_is(tiny):
     for validation in (nothing, score(Readings(job, studies))):
         assert page(validation)
         assert table(validation)
-        assert markdown(validation)
         assert all(svg.startswith("<svg") for svg in figures(validation).values())
 
 

@@ -57,7 +57,7 @@ def test_page_fetches_and_runs_nothing():
 
 
 def test_same_input_gives_the_same_bytes():
-    for show in (validation_report.page, validation_report.table, validation_report.markdown):
+    for show in (validation_report.page, validation_report.table):
         assert show(validation(seed=3)) == show(validation(seed=3))
 
 
@@ -103,8 +103,6 @@ def test_any_name_is_only_text(names):
     for line in validation_report.table(given).split("\n"):
         assert figures.cells(line) <= 80
         assert all(c.isprintable() or c in " \u200d\u200b" or ord(c) > 127 for c in line)
-    rows = validation_report.markdown(given).rstrip("\n").split("\n")
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
 
 
 def numbers_in(value) -> list[float]:
@@ -138,7 +136,7 @@ def test_every_number_printed_is_in_the_json():
     allowed |= {str(rank) for rank in range(1, len(METHODS) + 1)}
     page = validation_report.page(given)
     page = re.sub(r"<svg.*?</svg>|<style>.*?</style>|<ul>.*?</ul>", "", page, flags=re.DOTALL)
-    for text in (text_of(page), validation_report.table(given), validation_report.markdown(given)):
+    for text in (text_of(page), validation_report.table(given)):
         found = re.findall(NUMBER, text.replace("5e" * 32, "").replace("b4" * 32, ""))
         assert len(found) > 100
         assert set(found) <= allowed
@@ -309,7 +307,6 @@ def test_every_part_may_be_missing(given):
     for text in (
         text_of(page),
         validation_report.table(given),
-        validation_report.markdown(given),
         *validation_report.figures(given).values(),
     ):
         assert "None" not in text

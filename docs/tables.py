@@ -1,0 +1,269 @@
+"""Write the tables of README and docs from benchmarks/results: `python docs/tables.py [--check]`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here. `--check`
+changes nothing and fails where a table is not what its result file says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from attr_batch.figures import number  # noqa: E402
+from attr_batch.verdict import by_family, with_interval  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+IN_README = (
+    "ridge",
+    "ridge, no surrogate",
+    "reference",
+    "reference, own draws",
+    "finetune, 100 steps, ridge",
+    "lora, 100 steps, ridge",
+    "gradient ascent, 20 steps, ridge",
+    "influence unlearning, ridge",
+    "own images, shapley",
+    "alone",
+    "leave_one_out",
+    "d_trak",
+    "own similarity",
+)
+
+
+@lru_cache
+def result(name: str) -> dict[str, Any]:
+    """Return a result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; columns but the first are aligned right."""
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def short(x: float | None) -> str:
+    """Return a figure of two digits, `.85`; `–` where there is none."""
+    return "–" if x is None else f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def most(x: float) -> str:
+    """Return seconds with two significant digits."""
+    return f"{x:,.0f}" if x >= 10 else f"{x:.1f}"
+
+
+# -- estimators ------------------------------------------------------------------------------------
+
+
+def _cell(kind: str, n: int, evaluations: int, nu: float) -> dict[str, Any]:
+    name = f"five games: {kind} n={n} M={evaluations / n:g}n nu={nu:g}"
+    return next(row for row in result("estimators")["rows"] if row["name"] == name)
+
+
+def estimators() -> str:
+    """The closed form, least squares and the default, in short."""
+    kinds = ("reference", "paired_ls", "ridge")
+    rows = []
+    for n, evaluations in ((10, 50), (20, 100), (20, 400), (50, 250)):
+        errors = [short(_cell(kind, n, evaluations, 0.1)["error"]) for kind in kinds]
+        rows.append([str(n), str(evaluations), *errors[:2], f"**{errors[2]}**"])
+    heads = ["contributors", "evaluations", "the paper's closed form", "paired least squares"]
+    return table([*heads, "ridge (default)"], rows)
+
+
+def estimators_long() -> str:
+    """Every estimator and the best of shapiq's, by budget and noise."""
+    kinds = ("reference", "paired_ls", "ridge", "gp", "permutation")
+    rows = []
+    for n, evaluations in ((10, 50), (20, 40), (20, 100), (20, 400), (50, 250), (258, 1032)):
+        for nu in (0.1, 0.25):
+            if (n, evaluations, nu) in ((20, 40, 0.25), (20, 400, 0.25)):
+                continue
+            found = [_cell(kind, n, evaluations, nu) for kind in kinds]
+            prefix = f"n={n} M={evaluations / n:g}n nu={nu:g}"
+            peers = [
+                row
+                for row in result("estimators")["rows"]
+                if row["name"].startswith("five games: shapiq") and row["name"].endswith(prefix)
+            ]
+            peer = min(peers, key=lambda row: row["error"], default=None)
+            best = "–" if peer is None else short(peer["error"])
+            ranks = [short(found[2]["spearman"]), short(found[3]["spearman"])]
+            errors = [short(row["error"]) for row in found]
+            rows.append([str(n), f"{evaluations:,}", short(nu), *errors, best, *ranks])
+    heads = ["n", "evaluations", "noise", *(f"`{kind}`" for kind in kinds), "best of shapiq"]
+    return table([*heads, "rank, `ridge`", "rank, `gp`"], rows)
+
+
+def surrogate_jobs() -> str:
+    """What the free game saves on the image jobs: error at held-out coalitions."""
+    rows = []
+    for row in result("surrogate")["rows"]:
+        if not row["name"].startswith("games"):
+            name, m = row["name"].rsplit(" M=", 1)
+            if m in ("12", "20", "30", "60"):
+                same = row["same_rmse_without"]
+                rows.append(
+                    [
+                        name.replace("_", " "),
+                        m,
+                        f"{row['rmse_without']:.3g}",
+                        f"{row['rmse']:.3g}",
+                        "more than 60" if same is None and row["ratio"] > 1 else
+                        "–" if same is None else number(same, 0),
+                    ]
+                )  # fmt: skip
+    heads = ["job, property", "coalitions", "error without", "error with"]
+    return table([*heads, "coalitions that do as well without"], rows)
+
+
+# -- validation ------------------------------------------------------------------------------------
+
+
+def seconds_of(job: str) -> dict[str, dict[str, Any]]:
+    """Return the side-by-side seconds of a job's counterfactuals, by label."""
+    rows = result("counterfactuals")["rows"]
+    return {row["counterfactual"]: row for row in rows if row["job"] == job}
+
+
+def _compared(properties: Sequence[dict[str, Any]], names: Iterable[str] | None) -> str:
+    """Compare methods by LDS on the first set of each property, and the job's lead over them."""
+    first = [prop["oracle"][0]["name"] for prop in properties]
+    heads = ["method", "evaluations"]
+    for prop in properties:
+        heads += [f"LDS, {prop['title']}", "lead"]
+    rows, nothing = [], {"value": None, "low": None, "high": None}
+    for method in by_family(properties[0]):
+        if names is not None and method["name"] not in names:
+            continue
+        row = [method["name"], str(method["evaluations"])]
+        for prop, at in zip(properties, first, strict=True):
+            mine = next(m for m in prop["methods"] if m["name"] == method["name"])
+            row += [with_interval(mine["lds"].get(at, nothing))]
+            row += [with_interval(mine["lead"].get(at, nothing))]
+        rows.append(row)
+    for what, key in (("*another retraining (ceiling)*", "ceiling"),
+                      ("*best additive model*", "additivity")):  # fmt: skip
+        figures = [(with_interval(prop["oracle"][0][key]), "") for prop in properties]
+        rows.append([what, "", *(text for figure in figures for text in figure)])
+    chance = number(properties[0]["oracle"][0]["chance95"], 2)
+    rows.append(["*chance stays below*", "", *[chance, ""] * len(properties)])
+    return table(heads, rows)
+
+
+def validation() -> str:
+    """The main methods of the digits job, headline and second property."""
+    return _compared(result("validation-digits")["properties"][:2], IN_README)
+
+
+def validation_all() -> str:
+    """Every method of the digits job, every property."""
+    return _compared(result("validation-digits")["properties"], None)
+
+
+def _ways(job: str, title: str) -> str:
+    """v(S) itself against retraining, on the same coalitions, and seconds side by side."""
+    properties = result(f"validation-{job}")["properties"]
+    prop = next(p for p in properties if p["title"] == title)
+    rows, times = [], seconds_of(job)
+    for f in prop["fidelity"]:
+        label = f["counterfactual"].replace("_", " ")
+        if f["steps"] is not None:
+            label += f", {f['steps']:,} steps"
+        if f["base"] == "pruned":
+            label += ", pruned"
+        timed = times.get(label) if f["ema"] in ("restarted", None) else None
+        error = None if f["rmse"] is None else f"{f['rmse']:.3f}"
+        bias = None if f["bias"] is None else f"{f['bias']:+.3f}".replace("-", "−")
+        cells = [label, f["ema"] or "–", with_interval(f["pearson"]), error or "–", bias or "–"]
+        pace = ["–", "–"]
+        if timed is not None:
+            pace = [most(timed["model"] + timed["samples"]), f"{timed['of_retrain']:.1f}"]
+        rows.append([*cells, *pace])
+    heads = ["way", "weights", "correlation with retraining", "error", "bias", "seconds"]
+    return table([*heads, "times faster than retraining"], rows)
+
+
+def ways_digits() -> str:
+    """The digits job's ways to v(S)."""
+    return _ways("digits", result("validation-digits")["properties"][0]["title"])
+
+
+def ways_fashion() -> str:
+    """The fashion job's ways to v(S)."""
+    return _ways("fashion", result("validation-fashion")["properties"][0]["title"])
+
+
+def ways_fashion_confidence() -> str:
+    """The same for its second property."""
+    return _ways("fashion", result("validation-fashion")["properties"][1]["title"])
+
+
+def budgets() -> str:
+    """LDS by coalitions, of the digits job's headline."""
+    rows = result("validation-digits")["properties"][0]["budget"]
+    curves: dict[tuple[str, str], dict[int, float | None]] = {}
+    for row in rows:
+        key = (row["counterfactual"], row["estimator"])
+        curves.setdefault(key, {})[row["evaluations"]] = row["lds"]
+    columns = sorted({row["evaluations"] for row in rows})
+    body = [
+        [way, reader, *(short(curve.get(m)) for m in columns)]
+        for (way, reader), curve in curves.items()
+    ]
+    return table(["v(S) by", "estimator", *map(str, columns)], body)
+
+
+def removal() -> str:
+    """What is left of the headline when those ranked first are left out, or alone kept."""
+    prop = result("validation-digits")["properties"][0]
+    kept: dict[tuple[bool, int], dict[str, float]] = {}
+    for row in prop["removal"]:
+        kept.setdefault((row["keeps"], row["contributors"]), {})[row["method"]] = row["value"]
+    methods = list(dict.fromkeys(row["method"] for row in prop["removal"]))
+    rows = [
+        [f"{'only the first' if keeps else 'without the first'} {count}",
+         *(number(values.get(m), 3) for m in methods)]
+        for (keeps, count), values in sorted(kept.items())
+    ]  # fmt: skip
+    return table(["retrained", *methods], rows)
+
+
+# -- in the pages ----------------------------------------------------------------------------------
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold tables."""
+    return [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
+
+
+def filled(page: str) -> str:
+    """Return a page with its tables as the result files say."""
+    return BLOCK.sub(lambda m: f"{m[1]}{globals()[m[2]]()}{m[3]}", page)
+
+
+def main() -> None:
+    """Write the tables, or say which are old."""
+    old = []
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            old.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(after, encoding="utf-8")
+    if old and "--check" in sys.argv:
+        sys.exit(f"not what benchmarks/results says: {', '.join(old)}; python docs/tables.py")
+
+
+if __name__ == "__main__":
+    main()
