@@ -1,7 +1,7 @@
 """Make the pictures of README and docs from a finished demo: `python docs/pictures.py [STORE]`.
 
-Needs Debian's chromium (or `CHROMIUM=/path`); reads the store that `make demo` leaves, or another
-that holds that job alone.
+Needs Debian's chromium (or `CHROMIUM=/path`); reads the store that `make demo` leaves, or another,
+of which the newest report is taken; docs/validation.md's picture comes from the newest validation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs/images"
-STORE = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "attr-batch-store"
+STORE = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "attr-batch-store").absolute()
 PORT = 5187
 
 
@@ -68,7 +68,7 @@ def samples(evidence: dict, target: Path) -> None:
 
 def mlflow_ui(target: Path) -> None:
     """Take a picture of the job's run in the MLflow UI."""
-    uri = f"sqlite:///{STORE.absolute() / 'mlflow.db'}"
+    uri = f"sqlite:///{STORE / 'mlflow.db'}"
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri,
          "--artifacts-destination", str(STORE / "mlartifacts"), "--port", str(PORT)],
@@ -94,10 +94,20 @@ def mlflow_ui(target: Path) -> None:
         server.wait()
 
 
+def newest(name: str) -> Path | None:
+    """Return the newest file of this name among the store's finished reports."""
+    found = [p for p in (STORE / "reports").glob(f"*/{name}") if "provisional" not in p.parent.name]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
 def main() -> None:
-    """Make all three."""
-    (report,) = [p for p in (STORE / "reports").iterdir() if not p.name.endswith("provisional")]
+    """Make all that the store has something for."""
     IMAGES.mkdir(exist_ok=True)
+    if (validation := newest("validation.html")) is not None:
+        screenshot(f"file://{validation}", IMAGES / "validation.png", 1100, 1330)
+    if (index := newest("index.html")) is None:
+        return
+    report = index.parent
     screenshot(f"file://{report / 'index.html'}", IMAGES / "report.png", 1100, 1330)
     samples(json.loads((report / "evidence.json").read_text()), IMAGES / "samples.png")
     mlflow_ui(IMAGES / "mlflow.png")

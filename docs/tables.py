@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from attr_batch.evidence import Estimate  # noqa: E402
 from attr_batch.figures import number  # noqa: E402
 from attr_batch.verdict import by_family, with_interval  # noqa: E402
 
@@ -37,6 +38,8 @@ IN_README = (
     "d_trak",
     "own similarity",
 )
+
+LIMITS = {"*another retraining (ceiling)*": "ceiling", "*best additive model*": "additivity"}
 
 
 @lru_cache
@@ -129,45 +132,77 @@ def surrogate_jobs() -> str:
 # -- validation ------------------------------------------------------------------------------------
 
 
+NOTHING: Estimate = {"value": None, "low": None, "high": None}
+
+
+def validation() -> str:
+    """The main methods of the digits job at the first set, headline and second property."""
+    properties = result("validation-digits")["properties"][:2]
+    heads, rows = ["method", "evaluations"], []
+    for prop in properties:
+        heads += [f"LDS, {prop['title']}", "lead"]
+    for method in by_family(properties[0]):
+        if method["name"] not in IN_README:
+            continue
+        row = [method["name"], str(method["evaluations"])]
+        for prop in properties:
+            mine = next(m for m in prop["methods"] if m["name"] == method["name"])
+            at = prop["oracle"][0]["name"]
+            row += [with_interval(mine[key].get(at, NOTHING)) for key in ("lds", "lead")]
+        rows.append(row)
+    for what, key in LIMITS.items():
+        figures = [[with_interval(prop["oracle"][0][key]), ""] for prop in properties]
+        rows.append([what, "", *(cell for figure in figures for cell in figure)])
+    return table(heads, rows)
+
+
+def _scores(prop: dict[str, Any]) -> str:
+    """Every method of a property at every set, and its agreement with retraining's values."""
+    sets = prop["oracle"]
+    heads = ["method", "evaluations", f"LDS, {sets[0]['name']}", "lead"]
+    rows = []
+    for method in by_family(prop):
+        first, *others = (method["lds"].get(s["name"], NOTHING) for s in sets)
+        lead = with_interval(method["lead"].get(sets[0]["name"], NOTHING))
+        scores = [short(other["value"]) for other in others]
+        agreement = with_interval(method["agreement"])
+        count = str(method["evaluations"])
+        rows.append([method["name"], count, with_interval(first), lead, *scores, agreement])
+    for what, key in LIMITS.items():
+        first, *others = (s[key] for s in sets)
+        rows.append([what, "", with_interval(first), "", *(short(o["value"]) for o in others), ""])
+    rows.append(
+        ["*equal split (floor)*", "", short(sets[0]["floor"]), ""]
+        + [short(s["floor"]) for s in sets[1:]]
+        + [""]
+    )
+    rows.append(
+        ["*chance stays below*", "", short(sets[0]["chance95"]), ""]
+        + [short(s["chance95"]) for s in sets[1:]]
+        + [""]
+    )
+    return table([*heads, *(s["name"] for s in sets[1:]), "agreement"], rows)
+
+
+def validation_headline() -> str:
+    """The digits job's first property."""
+    return _scores(result("validation-digits")["properties"][0])
+
+
+def validation_second() -> str:
+    """The digits job's second property."""
+    return _scores(result("validation-digits")["properties"][1])
+
+
+def validation_third() -> str:
+    """The digits job's third property."""
+    return _scores(result("validation-digits")["properties"][2])
+
+
 def seconds_of(job: str) -> dict[str, dict[str, Any]]:
     """Return the side-by-side seconds of a job's counterfactuals, by label."""
     rows = result("counterfactuals")["rows"]
     return {row["counterfactual"]: row for row in rows if row["job"] == job}
-
-
-def _compared(properties: Sequence[dict[str, Any]], names: Iterable[str] | None) -> str:
-    """Compare methods by LDS on the first set of each property, and the job's lead over them."""
-    first = [prop["oracle"][0]["name"] for prop in properties]
-    heads = ["method", "evaluations"]
-    for prop in properties:
-        heads += [f"LDS, {prop['title']}", "lead"]
-    rows, nothing = [], {"value": None, "low": None, "high": None}
-    for method in by_family(properties[0]):
-        if names is not None and method["name"] not in names:
-            continue
-        row = [method["name"], str(method["evaluations"])]
-        for prop, at in zip(properties, first, strict=True):
-            mine = next(m for m in prop["methods"] if m["name"] == method["name"])
-            row += [with_interval(mine["lds"].get(at, nothing))]
-            row += [with_interval(mine["lead"].get(at, nothing))]
-        rows.append(row)
-    for what, key in (("*another retraining (ceiling)*", "ceiling"),
-                      ("*best additive model*", "additivity")):  # fmt: skip
-        figures = [(with_interval(prop["oracle"][0][key]), "") for prop in properties]
-        rows.append([what, "", *(text for figure in figures for text in figure)])
-    chance = number(properties[0]["oracle"][0]["chance95"], 2)
-    rows.append(["*chance stays below*", "", *[chance, ""] * len(properties)])
-    return table(heads, rows)
-
-
-def validation() -> str:
-    """The main methods of the digits job, headline and second property."""
-    return _compared(result("validation-digits")["properties"][:2], IN_README)
-
-
-def validation_all() -> str:
-    """Every method of the digits job, every property."""
-    return _compared(result("validation-digits")["properties"], None)
 
 
 def _ways(job: str, title: str) -> str:
