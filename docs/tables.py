@@ -156,7 +156,7 @@ def validation() -> str:
     return table(heads, rows)
 
 
-def _scores(prop: dict[str, Any]) -> str:
+def _scores(prop: Any) -> str:
     """Every method of a property at every set, and its agreement with retraining's values."""
     sets = prop["oracle"]
     heads = ["method", "evaluations", f"LDS, {sets[0]['name']}", "lead"]
