@@ -112,7 +112,10 @@ def marks(attribution: Mapping[str, Any], provisional: bool = False) -> list[tup
     pairs = interval["pairs"]
     evidence = f"{pairs} complement {'pair' if pairs == 1 else 'pairs'} for {n} contributors"
     if interval["method"] == "replicates-t":
-        if not interval["reliable"]:
+        if any(c["low"] is None for c in people):
+            why = "every coalition was measured, none of them twice: nothing tells the noise"
+            found.append(("No intervals", why))
+        elif not interval["reliable"]:
             why = "every coalition was measured; only repeats between the endpoints tell the noise"
             found.append(("Intervals are rough", why))
     elif any(c["low"] is None for c in people):

@@ -21,6 +21,7 @@ from typing import Any
 from attr_batch import __version__, report
 from attr_batch.errors import (
     AttrBatchError,
+    DataError,
     IncompleteDesign,
     LedgerConflict,
     SpecError,
@@ -36,6 +37,7 @@ from attr_batch.recipe import RECIPE_VERSION, canonical, digest
 
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
 SHOWN_COALITIONS = 4
+MOST_DRAWS = 100_000
 CAPTIONS = {
     "trained": "Trained on all data, unpruned",
     "pruned": "Pruned and recovered, before any coalition",
@@ -431,7 +433,11 @@ def attribute(
         what = "every coalition was measured: there is no sample to draw again"
         raise SpecError(what, "--draws", "`noise` and the interval say what repeats vary")
     with one_thread():
-        found, drawn = estimator.estimate(observations, n), None
+        try:
+            found, drawn = estimator.estimate(observations, n), None
+        except (DataError, IncompleteDesign) as error:  # too few rows for this estimator
+            hint = "add lines for these coalitions, or take another --estimator"
+            raise DataError(error.problems[0].what, str(path), hint) from None
         if draws is not None:
             drawn = bootstrap(observations, n, draws, estimator.seed, estimator.estimate).tolist()
     body = found.to_json([str(i) for i in range(n)], [None] * n, [None] * n)
@@ -448,8 +454,9 @@ def attribute(
 def _check_draws(draws: int, estimator: Any) -> None:
     from attr_batch.estimators import GaussianProcess, PairedLS, Ridge
 
-    if draws < 1:
-        raise SpecError(f"got {draws}, wanted one or more", "--draws", "for example --draws 200")
+    if not 1 <= draws <= MOST_DRAWS:
+        what = f"got {draws}, wanted 1 to {MOST_DRAWS:,}"
+        raise SpecError(what, "--draws", "for example --draws 200")
     if not isinstance(estimator, Ridge | PairedLS | GaussianProcess):
         what = f"{estimator.kind} does not read complement pairs, which are what is resampled"
         raise SpecError(what, "--draws", "--estimator ridge, paired_ls or gp")

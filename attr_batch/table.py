@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
@@ -43,9 +44,10 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
     """Return the observations of a CSV file and the number of contributors.
 
     Columns `coalition` and `value`, optionally those of `write_design`, `replicate` and `weight`.
-    The number of contributors is `players`, else the length of the longest 0/1 string. Repeated
-    coalitions are replicates. DataError names everything that is wrong; SpecError says that there
-    are too few or too many contributors.
+    The number of contributors is `players`, else the length that most 0/1 strings have. Repeated
+    coalitions are replicates. Who is whose complement is seen from the coalitions; a `pair` that
+    says otherwise is an error, for then the columns do not belong together. DataError names
+    everything that is wrong; SpecError says that there are too few or too many contributors.
     """
     if players is not None:
         check_players(players, "--players")
@@ -55,7 +57,8 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
     if problems:
         raise DataError.of(problems)
     texts = [cells[header.index("coalition")] for _, cells in lines if len(cells) == len(header)]
-    n = players or max((len(text) for text in texts if _is_binary(text)), default=0)
+    widths = Counter(len(text) for text in texts if _is_binary(text))
+    n = players or max(widths, key=lambda width: (widths[width], width), default=0)
     if not n and any(text[:2].lower() == "0x" for text in texts):
         what = "coalitions are hexadecimal, the number of contributors is not known"
         raise DataError(what, where, "give it with --players N")
@@ -64,7 +67,8 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
         found, wrong = _observation(header, cells, n, f"{where}, line {number}")
         problems += wrong
         observations += found
-    problems += [] if problems else _whole_problems(observations, n, where)
+    if not problems:
+        problems = _whole_problems(observations, n, where) or _pair_problems(observations, where)
     if problems:
         more = len(problems) - _SHOWN
         tail = [Problem(f"and {more} more", where)] if more > 0 else []
@@ -160,7 +164,7 @@ def _number(name: str, text: str, where: str, problems: list[Problem]) -> float 
         problems.append(Problem(f"no {name}", where, hint))
         return None
     try:
-        number = float(text) if "_" not in text else math.nan
+        number = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         number = None
     if number is None or not math.isfinite(number):
@@ -225,6 +229,23 @@ def _whole_problems(observations: list[Observation], n: int, where: str) -> list
             )
         )
     return problems
+
+
+def _pair_problems(observations: list[Observation], where: str) -> list[Problem]:
+    """Return the pairs that hold anything but a coalition and its complement."""
+    pairs: dict[int, set[Coalition]] = defaultdict(set)
+    for o in observations:
+        if o.pair is not None:
+            pairs[o.pair].add(o.coalition)
+    hint = "is the table shifted? a column that means something else must not be called pair"
+    found = []
+    for pair, held in pairs.items():
+        first = min(held)
+        if held - {first, first.complement()}:
+            some = ", ".join(map(str, sorted(held)[:3]))
+            what = f"pair {pair} is not a coalition and its complement: {some}"
+            found.append(Problem(what, where, hint))
+    return found
 
 
 def _is_binary(text: str) -> bool:

@@ -212,7 +212,7 @@ def test_draws_are_the_estimators_on_resampled_pairs(estimator, measured, capsys
         (["--json", "--estimator", "reference"], "reference does not read complement pairs"),
         (["--json", "--estimator", "permutation"], "permutation does not read complement pairs"),
         (["--json", "--estimator", "exact"], "exact does not read complement pairs"),
-        (["--json", "--draws", "0"], "got 0, wanted one or more"),
+        (["--json", "--draws", "0"], "got 0, wanted 1 to 100,000"),
         ([], "add --json"),
     ],
 )
@@ -222,6 +222,16 @@ def test_draws_that_cannot_be_are_refused(options, message, measured, capsys):
     assert message in err
     assert "--draws" in err
     assert "hint" in err
+
+
+@pytest.mark.parametrize("estimator", ["exact", "permutation"])
+def test_a_table_too_short_for_an_estimator_is_named(estimator, tmp_path, capsys):
+    path = tmp_path / "short.csv"
+    path.write_text("coalition,value\n000,0\n111,1\n100,.5\n010,.6\n")
+    code, out, err = call(capsys, "attribute", path, "--estimator", estimator)
+    assert (code, out) == (65, "")
+    assert f"{path}: " in err
+    assert "add lines" in err
 
 
 def test_draws_of_a_complete_table_are_refused(tmp_path, capsys):

@@ -410,6 +410,26 @@ def test_regression_with_all_coalitions_is_the_definition(case):
 # ------------------------------------------------------------------ properties of every reading
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_that_do_not_determine_the_values_never_blow_up(data):
+    n = data.draw(st.integers(3, 7))
+    count = data.draw(st.integers(2, 2 * n + 2))
+    masks = st.integers(1, (1 << n) - 2)
+    chosen = data.draw(st.lists(masks, min_size=2, max_size=count, unique=True))
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    seen = [
+        Observation(Coalition(0, n), 0.0, "empty"),
+        Observation(Coalition.grand(n), 1.0, "grand"),
+    ]
+    seen += [Observation(Coalition(mask, n), float(rng.random()), "design") for mask in chosen]
+    found = regression.paired_least_squares(gather(seen, n).rows)
+    assert np.abs(found.phi).max() < 1e4
+    assert found.phi.sum() == pytest.approx(1, abs=1e-9)
+    read = Ridge().estimate(seen, n)
+    assert read.ls_values is None or np.abs(read.ls_values).max() < 1e4
+
+
 @pytest.mark.parametrize("estimator", FAMILY)
 @pytest.mark.parametrize("budget", [18, 30, 60, 200])
 def test_values_sum_to_the_gain(estimator, budget):

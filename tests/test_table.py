@@ -121,7 +121,23 @@ def test_a_mangled_coalition_mentions_spreadsheets(tmp_path, cell, what):
     assert "spreadsheet" in message
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-Infinity", "1_0", "abc", "1e999", '"1,5"', ""])
+def test_one_wide_line_is_the_wrong_one(tmp_path):
+    message = problems(tmp_path, csv(*GOOD, "01011,4"))
+    assert message.count("digits, wanted") == 1
+    assert "line 8" in message
+    assert "5 digits, wanted 3" in message
+
+
+def test_a_pair_that_is_none_is_named(tmp_path):
+    text = "coalition,value,pair\n000,0,\n111,1,\n100,.2,0\n011,.3,0\n110,.4,1\n010,.5,1\n"
+    message = problems(tmp_path, text)
+    assert message.count("is not a coalition and its complement") == 1
+    assert "pair 1" in message
+
+
+@pytest.mark.parametrize(
+    "value", ["nan", "inf", "-Infinity", "1_0", "٣", "abc", "1e999", '"1,5"', ""]
+)
 def test_a_bad_value_is_named_with_its_line(tmp_path, value):
     message = problems(tmp_path, csv(GOOD[0], f"110,{value}", *GOOD[1:]))
     assert "line 3" in message

@@ -191,7 +191,8 @@ def paired_least_squares(rows: Rows, sandwich: Sandwich = "hc2") -> LeastSquares
         control = None
 
     U, d, Vt = np.linalg.svd(X - Q @ (Q.T @ X), full_matrices=False)
-    keep = d > 1e-9 * max(d.max(initial=0), 1e-300)
+    # Of X, not of what is left of it: where the columns explain all, what is left is rounding.
+    keep = d > 1e-9 * max(float(np.linalg.norm(X)), 1e-300)
     U, d, Vt = U[:, keep], d[keep], Vt[keep]
     L = (Vt.T / d) @ U.T  # from a weighted response to theta
     theta = L @ (root * r)
