@@ -148,6 +148,7 @@ class Method(TypedDict):
     designs: int  # seeds of the design that the figures are averaged over
     collapsed: int | None  # in how many of them the ridge fell back to the equal split
     values: list[float]  # mean over designs, in the order of `contributors`
+    by_design: list[list[float]]  # each design's: `lds` is the mean of their scores
     lds: dict[str, Estimate]  # by OracleSet.name
     lead: dict[str, Estimate]  # LDS of the headline less this one's, by OracleSet.name
     agreement: Estimate  # Pearson correlation with the Shapley values of the retrainings

@@ -32,7 +32,8 @@ DRAWS = 1000
 FOLDS = 10
 ROWS_PER_CONTRIBUTOR = 4  # with fewer retrainings an additive fit shows its own error, no limit
 _ALMOST = 1 - 1e-9  # of a correlation, where Fisher's transformation ends
-_FEWEST = 5  # coalitions of which a correlation says anything
+FEWEST = 5  # coalitions of which a correlation says anything
+_FEWEST_VALUES = 4  # contributors likewise: two always agree
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Oracle:
     @property
     def enough(self) -> bool:
         """Whether there are coalitions enough to correlate."""
-        return self.whole.v.shape[1] >= _FEWEST
+        return self.whole.v.shape[1] >= FEWEST
 
 
 @dataclass(frozen=True)
@@ -231,10 +232,12 @@ def agreement(
 ) -> Estimate:
     """Return the correlation of values (designs, n), averaged, with reference (n,).
 
-    The interval is over designs and over draws (k, n) of the reference with its noise added anew.
-    These correlate less than the reference itself does, which has that noise once: so only their
-    spread is used, around the figure, on Fisher's scale.
+    None below four contributors. The interval is over designs and over draws (k, n) of the
+    reference with its noise added anew. These correlate less than the reference itself does, which
+    has that noise once: so only their spread is used, around the figure, on Fisher's scale.
     """
+    if len(reference) < _FEWEST_VALUES:
+        return interval(None, np.zeros(0))
     value = pearson(values.mean(axis=0), reference)
     if value is None or not len(reference_draws):
         return interval(value, np.zeros(0))
@@ -253,7 +256,7 @@ def correlation(x: Array, Y: Array, seed: int, draws: int = DRAWS) -> Estimate:
 
     The bootstrap interval is over the m coalitions.
     """
-    if len(x) < _FEWEST or not len(Y):
+    if len(x) < FEWEST or not len(Y):
         return interval(None, np.zeros(0))
     rng = np.random.default_rng(derive_seed("correlation", seed, len(x)))
     rows = rng.integers(len(x), size=(draws, len(x)))
@@ -271,6 +274,7 @@ def subset_sums(values: Sequence[Array], oracle: Oracle) -> Array:
 
 __all__ = [
     "DRAWS",
+    "FEWEST",
     "Draws",
     "Oracle",
     "additivity",

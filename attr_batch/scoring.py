@@ -324,7 +324,9 @@ def ranks(readings: Readings) -> dict[str, list[int]]:
     for i, name in enumerate(section.methods):
         if name != "estimator" and name not in known:
             place = f"validation.removal.methods.{i}"
-            raise SpecError(f"no method {name!r}", place, f"estimator, {', '.join(known)}")
+            raise SpecError(
+                f"no method {name!r}", place, " ".join(map(repr, ["estimator", *known]))
+            )
     wanted = {spec.estimator.kind if name == "estimator" else name for name in section.methods}
     return {
         method.name: [int(i) for i in np.argsort(-method.values.mean(axis=0), kind="stable")]
@@ -461,6 +463,7 @@ def _judged(
             "designs": len(method.values),
             "collapsed": method.collapsed,
             "values": [float(value) for value in method.values.mean(axis=0)],
+            "by_design": method.values.tolist(),
             "lds": {name: lds.interval(*found) for name, found in scores[method.name].items()},
             "lead": {
                 name: lds.interval(first[name][0] - found, first[name][1] - sample)

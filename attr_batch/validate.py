@@ -17,7 +17,8 @@ from attr_batch.baselines import Baseline, TrainingProperty
 from attr_batch.errors import IncompleteDesign, Interrupted
 from attr_batch.evidence import Validation
 from attr_batch.job import Job, Study
-from attr_batch.log import Progress, Upkeep, say
+from attr_batch.lds import FEWEST
+from attr_batch.log import Progress, Upkeep, say, warn
 from attr_batch.properties import Property
 from attr_batch.recipe import RECIPE_VERSION, digest
 from attr_batch.results import Mirror
@@ -42,6 +43,10 @@ def validate(
     job.check_validation()
     studies = Studies.of(job)
     ranks(Readings(job, studies))  # who is to be ranked: a wrong name is said now
+    for at, subsets in enumerate(job.spec.validation.subsets):
+        if (count := len(studies.subsets(at))) < FEWEST:
+            size = studies.subsets(at)[0].size
+            warn(f"alpha {subsets.alpha:g}: only {count} coalitions of {size}, too few for a score")
     if provisional and not job.ledger.marked:
         raise IncompleteDesign("nothing has been evaluated yet", str(job.ledger))
     if not provisional:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from attr_batch.evidence import Estimate, Method, OracleSet, PropertyValidation
 from attr_batch.figures import number
+from attr_batch.lds import FEWEST
 
 FAMILIES = {
     "estimator": "Estimators",
@@ -109,7 +110,9 @@ def _method_marks(prop: PropertyValidation) -> Iterator[tuple[str, str]]:
 
 
 def _set_marks(first: OracleSet) -> Iterator[tuple[str, str]]:
-    if first["ceiling"]["value"] is None:
+    if first["planned"] < FEWEST:
+        yield "No score", f"there are only {first['planned']} coalitions of this size"
+    elif first["ceiling"]["value"] is None:
         yield "No ceiling", "without a second seed nothing tells how well one can predict at all"
     if first["subsets"] < first["planned"]:
         yield "Not all retrained", f"{first['subsets']} of {first['planned']} at {first['name']}"

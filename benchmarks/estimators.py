@@ -283,8 +283,8 @@ def main():
         jobs = [(10, (2, 5), (0.1, 0.5), 2), (20, (5,), (0.1,), 2)]
     else:
         jobs = [
-            (10, (1, 2, 5, 20), noises, 10),
-            (20, (1, 2, 5, 20), noises, 10),
+            (10, (1, 2, 5, 20), noises, 20),
+            (20, (1, 2, 5, 20), noises, 20),
             (50, (1, 2, 5), noises, 5),
             (50, (20,), (0.1,), 2),
             (258, (4,), noises, 2),
@@ -305,7 +305,7 @@ def everything(jobs, noises, quick):
         found += rows(records, label)
     linear = []
     for n in (10, 20) if quick else (10, 20, 50):
-        linear += measure([games.linear], n, (5,), noises, 5 if quick else 10)
+        linear += measure([games.linear], n, (5,), noises, 5 if quick else 20)
     return found + rows(linear, "linear")
 
 

@@ -35,7 +35,7 @@ IN_README = (
     "own images, shapley",
     "alone",
     "leave_one_out",
-    "d_trak",
+    "d trak",
     "own similarity",
 )
 
@@ -56,7 +56,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def short(x: float | None) -> str:
     """Return a figure of two digits, `.85`; `–` where there is none."""
-    return "–" if x is None else f"{x:.2f}".replace("0.", ".", 1).replace("-", "−")
+    if x is None:
+        return "–"
+    return re.sub(r"^(-?)0\.", r"\1.", f"{x:.2f}").replace("-", "−")
 
 
 def most(x: float) -> str:

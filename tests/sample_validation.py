@@ -166,6 +166,7 @@ def _method(given, phi, spread, sets, rng) -> Method:
         designs=3,
         collapsed=collapsed,
         values=values.tolist(),
+        by_design=[values.tolist()] * 3,
         lds=score,
         lead={},
         agreement=Estimate(value=None, low=None, high=None)

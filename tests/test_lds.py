@@ -186,3 +186,12 @@ def test_correlation_is_the_mean_over_retrainings():
     found = lds.correlation(x, Y, seed=0)
     assert found["value"] == pytest.approx(np.mean([np.corrcoef(x, y)[0, 1] for y in Y]))
     assert found["low"] < found["value"] < found["high"]
+
+
+def test_two_or_three_values_do_not_agree_with_anything():
+    for n in (2, 3):
+        assert lds.agreement(np.ones((1, n)) * np.arange(n), np.arange(n), np.zeros((0, n)), 0) == {
+            "value": None,
+            "low": None,
+            "high": None,
+        }

@@ -11,6 +11,7 @@ import numpy as np
 import played
 import pytest
 from conftest import TINY
+from scipy.stats import spearmanr
 
 from attr_batch import outlook
 from attr_batch.errors import SpecError
@@ -80,7 +81,7 @@ def found(readings: Readings) -> Any:
     return found
 
 
-def test_a_validation_of_an_additive_game_says_what_is_true_of_it(found):
+def test_a_validation_of_an_additive_game_says_what_is_true_of_it(readings, found):
     at_half, at_quarter, mixed = found["oracle"]
     assert (at_half["size"], at_quarter["size"], mixed["size"]) == (4, 2, None)
     assert at_half["ceiling"]["value"] > 0.98
@@ -89,6 +90,10 @@ def test_a_validation_of_an_additive_game_says_what_is_true_of_it(found):
     by_name = {method["name"]: method for method in found["methods"]}
     own = by_name["ridge"]
     assert found["methods"][0] is own
+    assert np.allclose(np.mean(own["by_design"], axis=0), own["values"])
+    Z, v = (getattr(readings.oracles(readings.job.spec.properties[0])[0], at) for at in "Zv")
+    scores = [spearmanr(Z @ values, row).statistic for values in own["by_design"] for row in v]
+    assert own["lds"]["alpha=0.5"]["value"] == pytest.approx(np.mean(scores))
     assert own["lds"]["alpha=0.5"]["value"] > 0.95
     assert own["agreement"]["value"] > 0.95
     assert np.allclose(own["values"], GAME.shapley(), atol=0.3 * np.abs(GAME.shapley()).max())

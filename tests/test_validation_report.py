@@ -300,6 +300,13 @@ def holes():
         yield pytest.param(given, id=name)
 
 
+def test_a_size_with_hardly_any_coalitions_is_named():
+    given = validation()
+    for prop in given["properties"]:
+        prop["oracle"][0].update(planned=2, subsets=2)
+    assert "there are only 2 coalitions of this size" in validation_report.table(given)
+
+
 @pytest.mark.parametrize("given", list(holes()))
 def test_every_part_may_be_missing(given):
     page = validation_report.page(given)
