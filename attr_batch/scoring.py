@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from attr_batch import __version__, lds
 from attr_batch.coalition import Coalition
-from attr_batch.errors import DataError, SpecError
+from attr_batch.errors import DataError, IncompleteDesign, SpecError
 from attr_batch.estimators import Attribution, Entry, Estimator, Observation, PairedLS, Reference
 from attr_batch.estimators.regression import Array
 from attr_batch.estimators.surrogate import control
@@ -94,7 +94,7 @@ class Readings:
         try:
             with one_thread():
                 return estimator.estimate(observations, self.studies.n, surrogate)
-        except DataError:  # too few rows for this estimator
+        except (DataError, IncompleteDesign):  # too few rows for this estimator
             return None
 
     def _published_ends(self, study: Study, prop: Property) -> dict[str, float]:

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 from attr_batch import outlook
 from attr_batch.errors import SpecError
+from attr_batch.estimators import Exact, PairedLS
 from attr_batch.job import Evaluation, Job
 from attr_batch.scoring import Readings, methods, names, ranks, score, to_bytes
 from attr_batch.spec import validate
@@ -114,6 +115,12 @@ def test_the_mixed_set_is_of_pairs(readings):
     assert len(set(mixed.unit)) == 20
     for unit in mixed.unit:
         assert (mixed.Z[mixed.unit == unit].sum(axis=0) == 1).all()
+
+
+def test_an_estimator_that_lacks_coalitions_has_no_reading(readings):
+    prop, (design, *_) = readings.job.spec.properties[0], readings.studies.designs
+    assert readings.attribution(Exact(), design, prop) is None
+    assert readings.attribution(PairedLS(), design, prop) is not None
 
 
 def test_evaluations_and_seconds_are_those_of_the_design(readings, found):
