@@ -16,7 +16,7 @@ from typing import Any
 
 from attr_batch.errors import DataError
 from attr_batch.estimators import Attribution, Observation
-from attr_batch.job import Evaluation, Job, Subject
+from attr_batch.job import Evaluation, Job, Subject, distinct
 from attr_batch.properties import Property
 
 PHASES: tuple[str, ...] = (
@@ -219,7 +219,7 @@ class Agenda:
         """The part of the plan that counts, then the studies."""
         if self._facts is None:
             return self._job.work
-        return (*(planned for planned, _ in self._facts.rows), *self._job.studied)
+        return distinct((*(planned for planned, _ in self._facts.rows), *self._job.studied))
 
     @property
     def stopping(self) -> Stopping | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -104,6 +104,14 @@ class Evaluation:
         repeat = f", replicate {self.entry.replicate}" if self.entry.replicate else ""
         study = f", {self.study.name}" if self.study.name else ""
         return f"coalition {self.entry.coalition}{repeat}{study}"
+
+
+def distinct(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
+    """Return the evaluations, each key once: studies share coalitions."""
+    found: dict[str, Evaluation] = {}
+    for evaluation in evaluations:
+        found.setdefault(evaluation.key, evaluation)
+    return tuple(found.values())
 
 
 def numerics(device: str) -> dict[str, Any]:
@@ -472,8 +480,8 @@ class Job:
 
     @cached_property
     def work(self) -> tuple[Evaluation, ...]:
-        """All there may be to evaluate: the plan, then the studies."""
-        return (*self.plan, *self.studied)
+        """All there may be to evaluate, each once: the plan, then the studies."""
+        return distinct((*self.plan, *self.studied))
 
     @cached_property
     def studied(self) -> tuple[Evaluation, ...]:
