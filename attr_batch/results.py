@@ -423,13 +423,13 @@ def attribute(
     read pairs, and where every coalition was measured, since then nothing was sampled.
     """
     from attr_batch.estimators.bootstrap import bootstrap
+    from attr_batch.estimators.observations import gather
     from attr_batch.table import read_values
 
     if draws is not None:
         _check_draws(draws, estimator)
     observations, n = read_values(path, players)
-    between = {o.coalition for o in observations if o.role not in ("empty", "grand", "holdout")}
-    if draws is not None and len(between) == (1 << n) - 2:
+    if draws is not None and gather(observations, n).rows.complete:
         what = "every coalition was measured: there is no sample to draw again"
         raise SpecError(what, "--draws", "`noise` and the interval say what repeats vary")
     with one_thread():

@@ -44,9 +44,10 @@ def validate(
     studies = Studies.of(job)
     ranks(Readings(job, studies))  # who is to be ranked: a wrong name is said now
     for at, subsets in enumerate(job.spec.validation.subsets):
-        if (count := len(studies.subsets(at))) < FEWEST:
-            size = studies.subsets(at)[0].size
-            warn(f"alpha {subsets.alpha:g}: only {count} coalitions of {size}, too few for a score")
+        some = studies.subsets(at)
+        if len(some) < FEWEST:
+            what = f"only {len(some)} coalitions of {some[0].size}, too few for a score"
+            warn(f"alpha {subsets.alpha:g}: {what}")
     if provisional and not job.ledger.marked:
         raise IncompleteDesign("nothing has been evaluated yet", str(job.ledger))
     if not provisional:

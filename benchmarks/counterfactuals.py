@@ -2,8 +2,8 @@
 
     python benchmarks/counterfactuals.py --json [--quick] [JOB.yaml ...]
 
-The ways are those of the job's `validation` section (default: the digits and the fashion job's),
-and the coalition is half of the contributors. They take turns on one thread in one process, so a
+The ways are those of the job's `validation` section (default: the digits job's), and
+the coalition is half of the contributors. They take turns on one thread in one process, so a
 busy machine slows all alike; `seconds` is the median turn. `model` is the derivation alone,
 `of_retrain` how many times faster model and samples are than retraining's. The bases are untrained:
 what a step costs does not depend on the weights. Retraining takes a tenth of its steps, and its
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -26,14 +25,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from estimators import commit, machine  # noqa: E402
 
 from attr_batch.counterfactual import load_base, prepare_dense, prepare_pruned  # noqa: E402
 from attr_batch.job import Job  # noqa: E402
 from attr_batch.spec import load  # noqa: E402
 from attr_batch.studies import Studies  # noqa: E402
 
-JOBS = ["examples/digits/job.yaml", "examples/fashion/job.yaml"]
+JOBS = ["examples/digits/job.yaml"]
 SHARE = 10  # retraining's steps are divided by this
 
 
@@ -124,8 +125,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(job, 1 if arguments.quick else 3, arguments.quick, Path(folder))
     body = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
+        "machine": {**machine(), "threads": 1},
         "torch": torch.__version__,
+        "commit": commit(),
         "rows": rows,
     }
     if arguments.json:

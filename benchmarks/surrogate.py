@@ -154,10 +154,11 @@ def of_job(path, choices):
         facts = Facts(job)
         if facts.missing():
             return []
+        n = len(job.card.roster)
         for prop in job.spec.properties:
             seen, surrogate = facts.observations(prop), job.surrogate(prop)
             found = [
-                checked(f"{job.spec.name}: {prop.name}", seen, job, surrogate, m, choices)
+                checked(f"{job.spec.name}: {prop.name}", seen, n, surrogate, m, choices)
                 for m in MEASURED
             ]
             plain = [(row["evaluations"], row["rmse_without"]) for row in found]
@@ -170,8 +171,7 @@ def of_job(path, choices):
     return out
 
 
-def checked(name, seen, job, surrogate, m, choices):
-    n = len(job.card.roster)
+def checked(name, seen, n, surrogate, m, choices):
     pairs = sorted({o.pair for o in seen if o.role == "design"})
     rng, checks = np.random.default_rng(0), defaultdict(list)
     for _ in range(1 if m == 2 * len(pairs) else choices):

@@ -104,7 +104,7 @@ def main() -> None:
     """Make all that the store has something for."""
     IMAGES.mkdir(exist_ok=True)
     if (validation := newest("validation.html")) is not None:
-        screenshot(f"file://{validation}", IMAGES / "validation.png", 1100, 1330)
+        screenshot(f"file://{validation}", IMAGES / "validation.png", 1100, 1500)
     if (index := newest("index.html")) is None:
         return
     report = index.parent

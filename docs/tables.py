@@ -17,9 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from attr_batch.evidence import Estimate  # noqa: E402
 from attr_batch.figures import number  # noqa: E402
-from attr_batch.verdict import by_family, with_interval  # noqa: E402
+from attr_batch.verdict import UNKNOWN, by_family, lead_of, score_of, with_interval  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -113,28 +112,18 @@ def surrogate_jobs() -> str:
     """What the free game saves on the image jobs: error at held-out coalitions."""
     rows = []
     for row in result("surrogate")["rows"]:
-        if not row["name"].startswith("games"):
-            name, m = row["name"].rsplit(" M=", 1)
-            if m in ("12", "20", "30", "60"):
-                same = row["same_rmse_without"]
-                rows.append(
-                    [
-                        name.replace("_", " "),
-                        m,
-                        f"{row['rmse_without']:.3g}",
-                        f"{row['rmse']:.3g}",
-                        "more than 60" if same is None and row["ratio"] > 1 else
-                        "–" if same is None else number(same, 0),
-                    ]
-                )  # fmt: skip
+        if row["name"].startswith("games") or row["evaluations"] not in (12, 20, 30, 60):
+            continue
+        name, m = row["name"].replace("_", " ").rsplit(" M=", 1)
+        same = number(row["same_rmse_without"], 0)
+        if row["same_rmse_without"] is None and row["ratio"] > 1:
+            same = "more than 60"
+        rows.append([name, m, f"{row['rmse_without']:.3g}", f"{row['rmse']:.3g}", same])
     heads = ["job, property", "coalitions", "error without", "error with"]
     return table([*heads, "coalitions that do as well without"], rows)
 
 
 # -- validation ------------------------------------------------------------------------------------
-
-
-NOTHING: Estimate = {"value": None, "low": None, "high": None}
 
 
 def validation() -> str:
@@ -149,8 +138,7 @@ def validation() -> str:
         row = [method["name"], str(method["evaluations"])]
         for prop in properties:
             mine = next(m for m in prop["methods"] if m["name"] == method["name"])
-            at = prop["oracle"][0]["name"]
-            row += [with_interval(mine[key].get(at, NOTHING)) for key in ("lds", "lead")]
+            row += [with_interval(score_of(prop, mine)), with_interval(lead_of(prop, mine))]
         rows.append(row)
     for what, key in LIMITS.items():
         figures = [[with_interval(prop["oracle"][0][key]), ""] for prop in properties]
@@ -160,30 +148,21 @@ def validation() -> str:
 
 def _scores(prop: Any) -> str:
     """Every method of a property at every set, and its agreement with retraining's values."""
-    sets = prop["oracle"]
-    heads = ["method", "evaluations", f"LDS, {sets[0]['name']}", "lead"]
+    first, *others = prop["oracle"]
+    heads = ["method", "evaluations", f"LDS, {first['name']}", "lead"]
     rows = []
     for method in by_family(prop):
-        first, *others = (method["lds"].get(s["name"], NOTHING) for s in sets)
-        lead = with_interval(method["lead"].get(sets[0]["name"], NOTHING))
-        scores = [short(other["value"]) for other in others]
+        score, lead = (with_interval(of(prop, method)) for of in (score_of, lead_of))
+        scores = [short(method["lds"].get(other["name"], UNKNOWN)["value"]) for other in others]
         agreement = with_interval(method["agreement"])
-        count = str(method["evaluations"])
-        rows.append([method["name"], count, with_interval(first), lead, *scores, agreement])
+        rows.append([method["name"], str(method["evaluations"]), score, lead, *scores, agreement])
     for what, key in LIMITS.items():
-        first, *others = (s[key] for s in sets)
-        rows.append([what, "", with_interval(first), "", *(short(o["value"]) for o in others), ""])
-    rows.append(
-        ["*equal split (floor)*", "", short(sets[0]["floor"]), ""]
-        + [short(s["floor"]) for s in sets[1:]]
-        + [""]
-    )
-    rows.append(
-        ["*chance stays below*", "", short(sets[0]["chance95"]), ""]
-        + [short(s["chance95"]) for s in sets[1:]]
-        + [""]
-    )
-    return table([*heads, *(s["name"] for s in sets[1:]), "agreement"], rows)
+        scores = [short(other[key]["value"]) for other in others]
+        rows.append([what, "", with_interval(first[key]), "", *scores, ""])
+    for what, key in (("equal split (floor)", "floor"), ("chance stays below", "chance95")):
+        score, *scores = (short(each[key]) for each in prop["oracle"])
+        rows.append([f"*{what}*", "", score, "", *scores, ""])
+    return table([*heads, *(other["name"] for other in others), "agreement"], rows)
 
 
 def validation_headline() -> str:
@@ -207,10 +186,9 @@ def seconds_of(job: str) -> dict[str, dict[str, Any]]:
     return {row["counterfactual"]: row for row in rows if row["job"] == job}
 
 
-def _ways(job: str, title: str) -> str:
+def _ways(job: str, at: int) -> str:
     """v(S) itself against retraining, on the same coalitions, and seconds side by side."""
-    properties = result(f"validation-{job}")["properties"]
-    prop = next(p for p in properties if p["title"] == title)
+    prop = result(f"validation-{job}")["properties"][at]
     rows, times = [], seconds_of(job)
     for f in prop["fidelity"]:
         label = f["counterfactual"].replace("_", " ")
@@ -222,9 +200,7 @@ def _ways(job: str, title: str) -> str:
         error = None if f["rmse"] is None else f"{f['rmse']:.3f}"
         bias = None if f["bias"] is None else f"{f['bias']:+.3f}".replace("-", "−")
         cells = [label, f["ema"] or "–", with_interval(f["pearson"]), error or "–", bias or "–"]
-        pace = ["–", "–"]
-        if timed is not None:
-            pace = [most(timed["model"] + timed["samples"]), f"{timed['of_retrain']:.1f}"]
+        pace = [most(timed["seconds"]), f"{timed['of_retrain']:.1f}"] if timed else ["–", "–"]
         rows.append([*cells, *pace])
     heads = ["way", "weights", "correlation with retraining", "error", "bias", "seconds"]
     return table([*heads, "times faster than retraining"], rows)
@@ -232,17 +208,17 @@ def _ways(job: str, title: str) -> str:
 
 def ways_digits() -> str:
     """The digits job's ways to v(S)."""
-    return _ways("digits", result("validation-digits")["properties"][0]["title"])
+    return _ways("digits", 0)
 
 
 def ways_fashion() -> str:
     """The fashion job's ways to v(S)."""
-    return _ways("fashion", result("validation-fashion")["properties"][0]["title"])
+    return _ways("fashion", 0)
 
 
 def ways_fashion_confidence() -> str:
     """The same for its second property."""
-    return _ways("fashion", result("validation-fashion")["properties"][1]["title"])
+    return _ways("fashion", 1)
 
 
 def budgets() -> str:
