@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from attr_batch import ops
 from attr_batch.errors import SpecError
+from attr_batch.ops import native as native_seam
+from attr_batch.ops import noise
 
-PACKAGE = Path(ops.__file__).parent
+PACKAGE = Path(ops.__file__).parent.parent
 # The op as registered (native where it is built), and the definition.
 normals = pytest.mark.parametrize("normal", [ops.counter_normal, ops.counter_normal_ref])
 steps = pytest.mark.parametrize("solver_step", [ops.solver_step, ops.solver_step_ref])
@@ -76,7 +78,7 @@ def exact_normals(ids, elements, seed, step):
 
 @pytest.mark.parametrize(("counter", "key", "words"), PHILOX)
 def test_philox_meets_its_known_answers(counter, key, words):
-    got = ops._philox4x32_10([torch.tensor(c) for c in counter], key)
+    got = noise._philox4x32_10([torch.tensor(c) for c in counter], key)
     assert tuple(int(w) for w in got) == words
     assert philox(counter, key) == words
 
@@ -409,7 +411,7 @@ def test_asking_for_the_backend_leaves_torch_out():
 
 def test_backend_is_the_file_and_the_environment(tmp_path, monkeypatch):
     library = tmp_path / "_native_cpu.so"
-    monkeypatch.setattr(ops, "_LIBRARIES", {"cpu": library, "cuda": tmp_path / "absent.so"})
+    monkeypatch.setattr(native_seam, "_LIBRARIES", {"cpu": library, "cuda": tmp_path / "absent.so"})
     monkeypatch.delenv("ATTR_BATCH_OPS", raising=False)
     assert ops.backend() == "reference"
     library.touch()
@@ -432,6 +434,8 @@ def test_backend_is_the_file_and_the_environment(tmp_path, monkeypatch):
 RUN = """
 import torch
 from attr_batch import ops
+from attr_batch.ops import native as native_seam
+from attr_batch.ops import noise
 for _ in range(2):
     z = ops.counter_normal(torch.arange(2), 5, 1, 2)
 assert torch.equal(z, ops.counter_normal_ref(torch.arange(2), 5, 1, 2))
