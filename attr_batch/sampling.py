@@ -13,7 +13,6 @@ difference of two utilities.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -26,6 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from attr_batch import log
 from attr_batch.errors import Interrupted, NumericsError, SpecError
+from attr_batch.fused import fuse, to_bfloat16
 from attr_batch.models import NoiseSchedule
 from attr_batch.recipe import UNHASHED, Part
 
@@ -81,7 +81,7 @@ class Sampling(Part):
         steps = solver_steps(self.solver, self.steps, schedule)
         model = model.to(device).eval()
         if self.precision == "bf16":  # a copy: autocast would cast the weights at every layer
-            model = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
+            model = to_bfloat16(model)
         table = [torch.tensor(s.coefficients, dtype=torch.float32, device=device) for s in steps]
         drawn = []
 
@@ -197,12 +197,13 @@ def _integrate(
     from attr_batch import ops
 
     dtype = next(model.parameters()).dtype
+    network = fuse(model)
     bound = math.inf if clip is None else clip
     x = ops.counter_normal(ids, math.prod(shape), seed, 0).view(-1, *shape)
     earlier: list[torch.Tensor] = []
     for i, (step, k) in enumerate(zip(steps, table, strict=True), start=1):
         t = torch.full((len(ids),), step.t, device=x.device)
-        answer = model(x.to(dtype), t, return_dict=False)[0]
+        answer = network(x.to(dtype), t, return_dict=False)[0]
         x, x0 = ops.solver_step(x, answer, earlier, k, ids, seed, i, bound)
         earlier = [x0, *earlier][:MAX_HISTORY]
         on_step()

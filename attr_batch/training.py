@@ -10,7 +10,6 @@ differences.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import math
@@ -24,6 +23,7 @@ import numpy as np
 
 from attr_batch import log
 from attr_batch.errors import DataError, Interrupted, NumericsError
+from attr_batch.fused import fuse, to_bfloat16
 from attr_batch.models import NoiseSchedule, Training, read_safetensors, write_safetensors
 from attr_batch.recipe import derive_seed, digest
 
@@ -221,7 +221,8 @@ def train(
     # bf16: forward and backward on a copy, so that weights are cast once a step.
     worker = model
     if training.precision == "bf16":
-        worker = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)  # diffusers' own warns
+        worker = to_bfloat16(model)
+    network = fuse(worker)
     worker_parameters = list(_trained(worker).values())
     drops = _drops(worker)
 
@@ -240,7 +241,7 @@ def train(
                 torch._foreach_copy_(worker_parameters, parameters)  # pyright: ignore
         x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
         with _dropout_stream(seed, step, device) if drops else contextlib.nullcontext():
-            answer = worker(x_t, t, return_dict=False)[0].float()
+            answer = network(x_t, t, return_dict=False)[0].float()
         loss = torch.nn.functional.mse_loss(answer, schedule.target(x0, noise, t))
         loss.backward()
         if worker is not model:

@@ -15,13 +15,16 @@ from attr_batch.ops.native import backend, build_info, load
 from attr_batch.ops.noise import COUNTER_NORMAL, counter_normal, counter_normal_ref
 from attr_batch.ops.norm import NORM_ACT, NORM_ACT_BACKWARD, norm_act, norm_act_ref
 from attr_batch.ops.solver import SOLVER_STEP, solver_step, solver_step_ref
+from attr_batch.ops.winograd import CONV3X3, conv3x3, conv3x3_ref
 
-OPS = (COUNTER_NORMAL, SOLVER_STEP, NORM_ACT, NORM_ACT_BACKWARD, *PRUNED_CONV2D)
+OPS = (COUNTER_NORMAL, SOLVER_STEP, NORM_ACT, NORM_ACT_BACKWARD, *CONV3X3, *PRUNED_CONV2D)
 
 __all__ = [
     "OPS",
     "backend",
     "build_info",
+    "conv3x3",
+    "conv3x3_ref",
     "counter_normal",
     "counter_normal_ref",
     "load",

@@ -1,14 +1,15 @@
 """pruned_conv2d: the convolutions of channel-pruned UNets, for one model or a cohort of K.
 
-What cuDNN and oneDNN do well stays theirs: one model's convolution is ATen's, in channels_last.
-Ours is what they have no call for: K models' weights at once, the skip connection read where it
-lies, and the residual added where the result is still in registers.
+What cuDNN and oneDNN do well stays theirs: ATen's convolution, in channels_last. Ours is what they
+have no call for, K models' weights at once on a GPU, and what they do with four times the
+multiplications, float32 3x3 convolutions on a CPU (`conv3x3`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from attr_batch.ops import winograd
 from attr_batch.ops.native import Op, backend, load
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def pruned_conv2d(
     """
     if weight.dim() == 4:
         weight, bias = weight[None], None if bias is None else bias[None]
+    if skip is None and (stride, padding) == (1, 1) and winograd.pays(x, weight):
+        return winograd.conv3x3(x, weight, bias, residual)
     if _own_kernel(x, weight):
         load()
         import torch
@@ -53,7 +56,7 @@ def pruned_conv2d(
 
 
 def _own_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Say whether our own kernel is used: on CUDA, in bfloat16, for a cohort.
+    """Say whether our own tensor-core kernel is used: on CUDA, in bfloat16, for a cohort.
 
     One model's convolution is left to cuDNN. Which is faster where is what `make gpu` measures.
     """
