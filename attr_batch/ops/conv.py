@@ -79,6 +79,9 @@ def pruned_conv2d_ref(
     import torch
 
     _check(x, skip, weight, bias, residual)
+    if weight.shape[3:] == (1, 1) and (stride, padding) == (1, 0):
+        out = _pointwise(x, skip, weight[..., 0, 0], bias)
+        return out if residual is None else out + residual
     models = weight.shape[0]
     parts = [x] if skip is None else [x, skip]
     y = []
@@ -92,6 +95,23 @@ def pruned_conv2d_ref(
         y.append(y_k)
     out = y[0] if models == 1 else torch.cat(y)
     return out if residual is None else out + residual
+
+
+def _pointwise(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a 1x1 convolution with `weight` (K, O, I) as matrix products over the pixels."""
+    import torch
+
+    models, outputs, _ = weight.shape
+    batch, _, height, width = x.shape
+
+    def rows(t: Tensor) -> Tensor:
+        return t.permute(0, 2, 3, 1).reshape(models, -1, t.shape[1])
+
+    own, others = weight.mT[:, : x.shape[1]], weight.mT[:, x.shape[1] :]
+    y = rows(x) @ own if bias is None else torch.baddbmm(bias[:, None], rows(x), own)
+    if skip is not None:
+        y = torch.baddbmm(y, rows(skip), others)
+    return y.view(batch, height, width, outputs).permute(0, 3, 1, 2)
 
 
 def _kernel(*arguments: Any) -> Tensor:
