@@ -40,7 +40,9 @@ def to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
 
     halved = copy.deepcopy(module)
     torch.nn.Module.to(halved, torch.bfloat16)  # diffusers' own `to` warns
-    return torch.nn.Module.to(halved, memory_format=torch.channels_last)  # pyright: ignore
+    if cohort_size(module) == 1:
+        torch.nn.Module.to(halved, memory_format=torch.channels_last)  # pyright: ignore
+    return halved
 
 
 def stack(modules: Sequence[torch.nn.Module]) -> torch.nn.Module:
@@ -69,6 +71,12 @@ def unstack(cohort: torch.nn.Module, into: Sequence[torch.nn.Module]) -> None:
                 parameter.copy_(cohort.get_parameter(name)[k])
 
 
+def cohort_size(module: Any) -> int:
+    """Return how many models' weights a module holds: 1, or K of a stacked one."""
+    first = getattr(getattr(module, "conv_in", None), "weight", None)
+    return len(first) if first is not None and first.dim() == 5 else 1
+
+
 def supported(module: Any) -> bool:
     """Say whether the walk below is this module's forward pass, to the last detail."""
     import torch
@@ -79,8 +87,11 @@ def supported(module: Any) -> bool:
     blocks += [module.mid_block] if module.mid_block is not None else []
     plain = (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm)
     layers = [layer for layer in module.modules() if layer._parameters]
-    adapted = any(type(layer).__module__.startswith("peft.") for layer in module.modules())
-    return not adapted and (
+    changed = any(
+        layer._forward_hooks or layer._forward_pre_hooks or type(layer).__module__[:5] == "peft."
+        for layer in module.modules()
+    )
+    return not changed and (
         all(type(block).__name__ in _RESNET_BLOCKS for block in blocks)
         and all(type(layer) in plain for layer in layers)
         and all(_plain_resnet(resnet) for block in blocks for resnet in block.resnets)
@@ -143,9 +154,7 @@ class Fused:
     """The forward pass of a UNet2DModel, or of a stacked cohort of them."""
 
     def __init__(self, module: Any) -> None:
-        self.module = module
-        first = module.conv_in.weight
-        self.models = len(first) if first.dim() == 5 else 1
+        self.module, self.models = module, cohort_size(module)
 
     def __call__(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Return (what the network predicts at `x` (B, c, h, w) and times `t` (B,),)."""

@@ -25,7 +25,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from attr_batch import log
 from attr_batch.errors import Interrupted, NumericsError, SpecError
-from attr_batch.fused import fuse, to_bfloat16
+from attr_batch.fused import cohort_size, fuse, to_bfloat16
+from attr_batch.graphs import Replayed
 from attr_batch.models import NoiseSchedule
 from attr_batch.recipe import UNHASHED, Part
 
@@ -70,6 +71,9 @@ class Sampling(Part):
     ) -> np.ndarray:
         """Draw `images` samples of `shape` (channels, size, size): uint8 (images, c, h, w).
 
+        A cohort of K models (`fused.stack`) gives (K, images, c, h, w), every model's samples from
+        the same noise.
+
         Raises:
             NumericsError: a sample is not finite.
             Interrupted: `upkeep` said to stop, which it is asked after every step of the solver.
@@ -82,6 +86,9 @@ class Sampling(Part):
         model = model.to(device).eval()
         if self.precision == "bf16":  # a copy: autocast would cast the weights at every layer
             model = to_bfloat16(model)
+        fused = fuse(model)
+        network = Replayed(lambda x, t: fused(x, t, return_dict=False)[0], device)
+        dtype, models = next(model.parameters()).dtype, cohort_size(model)
         table = [torch.tensor(s.coefficients, dtype=torch.float32, device=device) for s in steps]
         drawn = []
 
@@ -90,13 +97,16 @@ class Sampling(Part):
                 raise Interrupted(f"stopped after {done} of {self.images} samples")
 
         for start in range(0, self.images, self.batch):
-            ids = torch.arange(start, min(start + self.batch, self.images), device=device)
+            stop = min(start + self.batch, self.images)
+            ids = torch.arange(start, stop, device=device).repeat(models)
             with torch.inference_mode():
                 on_step = functools.partial(pause, start)
-                x0 = _integrate(model, steps, table, ids, shape, seed, self.clip, on_step)
+                x0 = _integrate(network, dtype, steps, table, ids, shape, seed, self.clip, on_step)
+            x0 = x0.view(models, -1, *shape)
             drawn.append(_to_uint8(x0).cpu().numpy())
-            pause(start + len(ids))
-        return np.concatenate(drawn)
+            pause(stop)
+        samples = np.concatenate(drawn, axis=1)
+        return samples[0] if models == 1 else samples
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,8 @@ def _scheduler(solver: Solver, schedule: NoiseSchedule) -> Any:
 
 
 def _integrate(
-    model: torch.nn.Module,
+    network: Callable[..., Any],
+    dtype: torch.dtype,
     steps: list[SolverStep],
     table: list[torch.Tensor],
     ids: torch.Tensor,
@@ -196,14 +207,12 @@ def _integrate(
 
     from attr_batch import ops
 
-    dtype = next(model.parameters()).dtype
-    network = fuse(model)
     bound = math.inf if clip is None else clip
     x = ops.counter_normal(ids, math.prod(shape), seed, 0).view(-1, *shape)
     earlier: list[torch.Tensor] = []
     for i, (step, k) in enumerate(zip(steps, table, strict=True), start=1):
         t = torch.full((len(ids),), step.t, device=x.device)
-        answer = network(x.to(dtype), t, return_dict=False)[0]
+        answer = network(x.to(dtype), t)
         x, x0 = ops.solver_step(x, answer, earlier, k, ids, seed, i, bound)
         earlier = [x0, *earlier][:MAX_HISTORY]
         on_step()

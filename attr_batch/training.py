@@ -24,6 +24,7 @@ import numpy as np
 from attr_batch import log
 from attr_batch.errors import DataError, Interrupted, NumericsError
 from attr_batch.fused import fuse, to_bfloat16
+from attr_batch.graphs import Replayed
 from attr_batch.models import NoiseSchedule, Training, read_safetensors, write_safetensors
 from attr_batch.recipe import derive_seed, digest
 
@@ -161,9 +162,23 @@ def _drops(model: torch.nn.Module) -> bool:
     return any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules())
 
 
+def _clip_each(parameters: Sequence[torch.nn.Parameter], models: int, longest: float) -> None:
+    """Scale each model's gradient down to `longest`, as clip_grad_norm_ does one model's."""
+    import torch
+
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if models == 1:
+        torch.nn.utils.clip_grad_norm_(parameters, longest)
+        return
+    squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in grads]).sum(dim=0)
+    factor = (longest / (squares.sqrt() + 1e-6)).clamp(max=1.0)  # (K,)
+    for g in grads:
+        g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+
+
 def train(
     model: torch.nn.Module,
-    images: np.ndarray,
+    images: np.ndarray | Sequence[np.ndarray],
     schedule: NoiseSchedule,
     training: Training,
     *,
@@ -174,6 +189,9 @@ def train(
     device: str = "cpu",
 ) -> TrainResult:
     """Train `model` in place on uint8 `images` (count, channels, size, size).
+
+    A cohort of K models (`fused.stack`) takes K arrays of images: each model learns from its own as
+    if it were alone, with the same noise and times, and the result's loss is their mean.
 
     Only weights that require a gradient are trained. Resumes from `checkpoint` where it exists; the
     caller deletes it when the result is safe.
@@ -190,17 +208,21 @@ def train(
     upkeep = upkeep or log.Upkeep()
     model.to(device).train()
     parameters = list(_trained(model).values())
+    on_gpu = device.startswith("cuda")
+    first_rate = training.rate(0)
     optimizer = torch.optim.AdamW(
         parameters,
+        lr=torch.tensor(first_rate, device=device) if on_gpu else first_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
         maximize=training.ascends,
         fused=True,
+        capturable=on_gpu,
     )
-    data = torch.tensor(images, device=device)  # copies: the caller may hold a read-only view
-    slots = torch.arange(training.batch, device=device)
+    parts = [images] if isinstance(images, np.ndarray) else list(images)
+    data = [torch.tensor(part, device=device) for part in parts]  # copies: may be read-only views
+    slots = torch.arange(training.batch, device=device).repeat(len(parts))
     noise_seed = derive_seed("noise", seed)
-    shape = (training.batch, *images.shape[1:])
 
     # Resume.
     start, running = 0, torch.zeros((), device=device)
@@ -212,7 +234,7 @@ def train(
             "training": training.recipe(),
             "seed": seed,
         }
-        saved = Checkpoint(checkpoint, model, images, how)
+        saved = Checkpoint(checkpoint, model, parts, how)
         state = saved.read()
         if state is not None:
             start = _restore(state, model, optimizer, ema)
@@ -226,39 +248,53 @@ def train(
     worker_parameters = list(_trained(worker).values())
     drops = _drops(worker)
 
-    figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
-    for step in range(start, training.steps):
-        # Draw images, noise and times, and below dropout: functions of (seed, step).
-        chosen = batch_indices(seed, len(images), step * training.batch, training.batch)
-        x0 = to_unit(data[torch.from_numpy(chosen).to(device)])
-        noise = ops.counter_normal(slots, x0[0].numel(), noise_seed, step).view(shape)
-        times = stratified_times(seed, step, training.batch, schedule.timesteps)
-        t = torch.from_numpy(times).to(device)
-
-        # Denoising loss and its gradient.
+    def step_once(x_t: torch.Tensor, t: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Take one step of the optimizer; return the mean loss. On a GPU it becomes a graph."""
         if worker is not model:
             with torch.no_grad():
                 torch._foreach_copy_(worker_parameters, parameters)  # pyright: ignore
-        x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
-        with _dropout_stream(seed, step, device) if drops else contextlib.nullcontext():
-            answer = network(x_t, t, return_dict=False)[0].float()
-        loss = torch.nn.functional.mse_loss(answer, schedule.target(x0, noise, t))
-        loss.backward()
+        answer = network(x_t, t, return_dict=False)[0].float()
+        loss = torch.nn.functional.mse_loss(answer, target)
+        (loss * len(parts) if len(parts) > 1 else loss).backward()
         if worker is not model:
             for parameter, other in zip(parameters, worker_parameters, strict=True):
                 parameter.grad = None if other.grad is None else other.grad.float()
             worker.zero_grad(set_to_none=True)
-
-        # Step.
         if training.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, training.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = training.rate(step)
+            _clip_each(parameters, len(parts), training.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    take_step = step_once if drops else Replayed(step_once, device)
+    figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
+    for step in range(start, training.steps):
+        # Draw images, noise and times, and below dropout: functions of (seed, step).
+        chosen = [
+            batch_indices(seed, len(part), step * training.batch, training.batch) for part in parts
+        ]
+        x0 = torch.cat(
+            [
+                to_unit(part[torch.from_numpy(rows).to(device)])
+                for part, rows in zip(data, chosen, strict=True)
+            ]
+        )
+        noise = ops.counter_normal(slots, x0[0].numel(), noise_seed, step).view(x0.shape)
+        times = stratified_times(seed, step, training.batch, schedule.timesteps)
+        t = torch.from_numpy(times).to(device).repeat(len(parts))
+
+        # Denoising loss, its gradient, and the step.
+        for group in optimizer.param_groups:
+            if on_gpu:
+                group["lr"].fill_(training.rate(step))
+            else:
+                group["lr"] = training.rate(step)
+        x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
+        with _dropout_stream(seed, step, device) if drops else contextlib.nullcontext():
+            loss = take_step(x_t, t, schedule.target(x0, noise, t))
         if ema is not None:
             ema.update(parameters)
-        running = LOSS_MEMORY * running + (1 - LOSS_MEMORY) * loss.detach()
+        running = LOSS_MEMORY * running + (1 - LOSS_MEMORY) * loss
 
         # Tick: show the loss, notice divergence, keep a checkpoint, stop if asked to.
         done = step + 1
@@ -296,7 +332,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, model: torch.nn.Module, images: np.ndarray, how: dict[str, Any]
+        self,
+        path: Path,
+        model: torch.nn.Module,
+        images: Sequence[np.ndarray],
+        how: dict[str, Any],
     ) -> None:
         self.path, self._images, self._how = path, images, how
         self._start = {
@@ -311,7 +351,7 @@ class Checkpoint:
         for name, tensor in self._start.items():
             start.update(f"{name} {tuple(tensor.shape)}".encode())
             start.update(tensor.numpy().tobytes())
-        images = [list(self._images.shape), digest(self._images.tobytes())]
+        images = [[list(part.shape), digest(part.tobytes())] for part in self._images]
         return digest({"images": images, "start": start.hexdigest(), **self._how})
 
     def write(self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "attr_batch"
 # From the bottom; inside a layer, imports go leftwards.
 LAYERS = [
     ["errors", "log", "recipe", "coalition", "ops"],
-    ["data", "models", "pruning", "fused", "sampling"],
+    ["data", "models", "pruning", "fused", "graphs", "sampling"],
     ["training"],
     [
         "estimators", "evidence", "lds", "figures", "document", "verdict", "validation_figures",

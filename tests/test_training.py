@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attr_batch import training as training_module
 from attr_batch.errors import DataError, Interrupted, NumericsError
+from attr_batch.fused import stack
 from attr_batch.log import Upkeep
 from attr_batch.models import NoiseSchedule, Training, UNet
 from attr_batch.recipe import derive_seed
@@ -320,3 +321,42 @@ def test_ticks_show_the_loss():
     assert isinstance(result, TrainResult)
     assert [(done, total) for done, total, _ in seen] == [(i, 7) for i in range(1, 8)]
     assert all(math.isfinite(figures["loss"]) for _, _, figures in seen[1:])
+
+
+# -- cohorts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cohort_learns_as_its_models_do_alone(clip, precision):
+    """Different images, different start weights; one of them has gradients that are clipped."""
+    training = SHORT.model_copy(update={"clip": clip, "precision": precision})
+    parts = [IMAGES[:5], IMAGES[3:], 255 - IMAGES]
+    models = [TINY.build(1, 4, seed) for seed in range(3)]
+    cohort = stack(models)
+    mean = Ema(cohort, "short")
+    together = train(cohort, parts, SCHEDULE, training, seed=3, ema=mean)
+    losses = []
+    for k, (model, images) in enumerate(zip(models, parts, strict=True)):
+        ema = Ema(model, "short")
+        losses.append(train(model, images, SCHEDULE, training, seed=3, ema=ema).loss)
+        tolerance = 1e-4 if precision == "fp32" else 3e-2
+        for name, weight in model.named_parameters():
+            got = cohort.get_parameter(name)[k]
+            torch.testing.assert_close(got, weight, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                mean.weights[name][k], ema.weights[name], rtol=tolerance, atol=tolerance
+            )
+    assert together.loss == pytest.approx(np.mean(losses), rel=1e-2)
+
+
+def test_a_cohort_resumes_with_the_same_bits(tmp_path):
+    def bits(**options):
+        cohort = stack([TINY.build(1, 4, seed) for seed in range(2)])
+        train(cohort, [IMAGES, IMAGES[:4]], SCHEDULE, SHORT, seed=3, **options)
+        return [p.detach().numpy().tobytes() for p in cohort.parameters()]
+
+    file = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Interrupted):
+        bits(checkpoint=file, upkeep=stop_at(4))
+    assert bits(checkpoint=file) == bits()

@@ -135,7 +135,7 @@ class InfluenceUnlearning(Part):
         if checkpoint is not None:
             how = {"how": self.recipe(), "schedule": base.schedule.recipe(), "seed": seed}
             how["removed"] = noisy.removed.tolist()
-            saved = Checkpoint(checkpoint, module, noisy.images, how)
+            saved = Checkpoint(checkpoint, module, [noisy.images], how)
             state = saved.read()
             if state is not None:
                 start = state[1]["step"]

@@ -54,7 +54,7 @@ def norm_act(
     load()
     import torch
 
-    weight, bias = torch.atleast_2d(weight), torch.atleast_2d(bias)
+    weight, bias = (p[None] if p.dim() == 1 else p for p in (weight, bias))
     y, _ = torch.ops.attr_batch.norm_act(
         x, skip, weight, bias, add, scale, shift, groups, eps, silu
     )
@@ -80,7 +80,7 @@ def norm_act_ref(
     h = _hidden(x, skip, add)
     grouped = h.unflatten(1, (groups, -1)).flatten(2)
     mean = grouped.mean(dim=2)
-    rstd = (grouped.var(dim=2, correction=0) + eps).rsqrt()
+    rstd = ((grouped - mean[:, :, None]).square().mean(dim=2) + eps).rsqrt()
     gain, offset = _affine(weight, bias, scale, shift, h)
     z = _normalised(h, mean, rstd) * gain + offset
     y = torch.nn.functional.silu(z) if silu else z
@@ -284,16 +284,14 @@ def _norm_act_grads(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | 
         grad, x, skip, weight, bias, add, scale, shift, stats, ctx.groups, ctx.silu
     )
     of_z, of_z_n, of_h = sums.unbind(dim=1)  # (B, C)
-    dscale = None
+    of_affine, dscale = sums[:, :2], None
     if scale is not None:
         gain, offset = (_rows(p, len(x)).to(sums.dtype) for p in (weight, bias))
         dscale = (gain * of_z_n + offset * of_z).to(scale.dtype)
-        factor = 1 + scale.to(sums.dtype)
-        of_weight, of_bias = factor * of_z_n, factor * of_z
-    else:
-        of_weight, of_bias = of_z_n, of_z
-    models = len(weight)
-    dweight, dbias = (t.unflatten(0, (models, -1)).sum(dim=1) for t in (of_weight, of_bias))
+        of_affine = of_affine * (1 + scale.to(sums.dtype))[:, None]
+    models, channels = weight.shape
+    per_model = of_affine.reshape(models, len(x) // models, 2, channels)
+    dbias, dweight = per_model.sum(dim=1).unbind(dim=1)
     return (
         dx,
         None if skip is None else dskip,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CONV3X3 = "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor"
 _WEIGHT_GRADIENT = "conv3x3_weight_gradient(Tensor grad, Tensor x, SymInt models) -> Tensor"
-FEWEST_CHANNELS, FEWEST_TILES = 24, 16  # tiles of 4x4 outputs, of one model
+FEWEST_PAIRS, FEWEST_TILES = 512, 16  # of channels; of 4x4 outputs of one model
 
 
 def conv3x3(
@@ -47,7 +47,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         return False
     models, outputs, inputs, *taps = weight.shape
     tiles = len(x) // models * (-(-x.shape[2] // 4)) * (-(-x.shape[3] // 4))
-    wide = min(outputs, inputs) >= FEWEST_CHANNELS
+    wide = min(outputs, inputs) >= 8 and outputs * inputs >= FEWEST_PAIRS
     return taps == [3, 3] and wide and tiles >= FEWEST_TILES
 
 

@@ -1,0 +1,208 @@
+"""The published pipeline and ours, side by side: a step, an image, a coalition, an answer.
+
+    python benchmarks/pipeline.py --json [--quick]
+
+Published: diffusers' UNet2DModel as it comes, eager fp32, Adam, the loss as in its training
+scripts, a long-running average of the weights, DDIM with 100 steps of its own scheduler. Ours:
+`training.train` and `sampling.Sampling` as a job runs them. Both on the same pruned UNet, in one
+process on one thread, taking turns. `step` is one training step, `image` one sample, each the
+median of at least 5 repetitions at a batch of 8; `coalition` is k steps and N images of the paper's
+CIFAR-20 (k 1,000, N 10,240) on those medians; `answer` multiplies by what our estimator saves for
+an equal error, as benchmarks/results/estimators.json has it. `--quick` measures the small shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.training_utils import EMAModel
+from measure import envelope, interleaved, significant
+
+from attr_batch import log, ops
+from attr_batch.counterfactual import SparsifiedFinetune
+from attr_batch.models import NoiseSchedule, UNet
+from attr_batch.pruning import Magnitude
+from attr_batch.sampling import Sampling
+from attr_batch.training import Ema, train
+
+CHANNELS, SIZE, BATCH, RATIO = 3, 32, 8, 0.5
+K, IMAGES = 1000, 10_240  # the paper's CIFAR-20
+SHAPES = {
+    "small": UNet(block_out_channels=(32, 64, 64), norm_num_groups=8),
+    "cifar": UNet(
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        attention=(1, "mid"),
+        norm_num_groups=32,
+    ),
+}
+SCHEDULE = NoiseSchedule(prediction="epsilon", beta_schedule="linear")
+SOLVERS = {"ours": Sampling(steps=12, images=BATCH, batch=BATCH)}
+ESTIMATORS = Path(__file__).parent / "results" / "estimators.json"
+
+
+class Published:
+    """A coalition as the paper's scripts compute it."""
+
+    def __init__(self, module: torch.nn.Module, images: np.ndarray) -> None:
+        self.module = copy.deepcopy(module)
+        self.images = torch.tensor(images).float() / 127.5 - 1
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-4)
+        self.ema = EMAModel(self.module.parameters(), decay=0.9999, use_ema_warmup=True)
+        self.noise = DDIMScheduler(**SCHEDULE.diffusers_config())
+
+    def step(self) -> None:
+        """One training step."""
+        self.module.train()
+        x0 = self.images[torch.randint(len(self.images), (BATCH,))]
+        noise = torch.randn_like(x0)
+        t = torch.randint(SCHEDULE.timesteps, (BATCH,))
+        answer = self.module(self.noise.add_noise(x0, noise, t), t).sample
+        loss = torch.nn.functional.mse_loss(answer, noise)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.ema.step(self.module.parameters())
+
+    @torch.no_grad()
+    def sample(self) -> torch.Tensor:
+        """One batch of samples by 100 steps of DDIM."""
+        self.module.eval()
+        self.noise.set_timesteps(100)
+        x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+        for t in self.noise.timesteps:
+            x = self.noise.step(self.module(x, t).sample, t, x).prev_sample
+        return x
+
+
+class Watch(log.Upkeep):
+    """Notes when each step ends."""
+
+    def __init__(self, ticks: list[float]) -> None:
+        super().__init__()
+        self.ticks = ticks
+
+    def tick(self, done: int, total: int, **figures: float) -> bool:  # noqa: ARG002
+        self.ticks.append(time.perf_counter())
+        return False
+
+
+class Ours:
+    """A coalition as a job computes it, by the same functions."""
+
+    def __init__(self, module: torch.nn.Module, images: np.ndarray) -> None:
+        self.module, self.images = copy.deepcopy(module), images
+        self.training = SparsifiedFinetune(steps=1_000_000, batch=BATCH, learning_rate=1e-4)
+
+    def steps(self, count: int) -> list[float]:
+        """Take steps and return the seconds of each but the first."""
+        ticks: list[float] = []
+
+        training = self.training.model_copy(update={"steps": 1 + count})
+        ema = Ema(self.module, "short")
+        train(self.module, self.images, SCHEDULE, training, seed=1, ema=ema, upkeep=Watch(ticks))
+        return list(np.diff(ticks))
+
+    def sample(self, sampling: Sampling) -> np.ndarray:
+        """Draw one batch of samples."""
+        return sampling.draw(self.module, SCHEDULE, (CHANNELS, SIZE, SIZE), seed=1)
+
+
+def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of one shape."""
+    module = unet.build(CHANNELS, SIZE, 0)
+    plan = Magnitude(ratio=RATIO).plan(module, CHANNELS, SIZE)
+    plan.apply(module)
+    images = np.random.default_rng(0).integers(0, 256, (64, CHANNELS, SIZE, SIZE), np.uint8)
+    published, ours = Published(module, images), Ours(module, images)
+
+    # A step: ours is taken from inside the training loop, which several steps share.
+    published.step()
+    steps: dict[str, list[float]] = {"published": [], "ours": []}
+    for _ in range(rounds):
+        for _ in range(2):
+            started = time.perf_counter()
+            published.step()
+            steps["published"].append(time.perf_counter() - started)
+        steps["ours"] += ours.steps(2)
+    step = {side: statistics.median(s) for side, s in steps.items()}
+
+    # An image.
+    (sampling,) = SOLVERS.values()
+    sides = {"published": published.sample, "ours": lambda: ours.sample(sampling)}
+    image = {side: statistics.median(s) / BATCH for side, s in interleaved(sides, rounds).items()}
+
+    coalition = {side: K * step[side] + IMAGES * image[side] for side in step}
+    saving = estimator_saving()
+    answer = {"published": coalition["published"] * saving, "ours": coalition["ours"]}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    rows = [
+        row(f"{name}/step", step),
+        row(f"{name}/image", image),
+        row(f"{name}/coalition", coalition, derived=True, k=K, images=IMAGES),
+        row(f"{name}/answer", answer, derived=True, estimator_saving=saving),
+    ]
+    rows[0]["macs"], rows[0]["peak_mib"] = plan.macs, round(memory)
+    return rows
+
+
+def row(name: str, seconds: dict[str, float], **facts: Any) -> dict[str, Any]:
+    ratio = round(seconds["published"] / seconds["ours"], 2)
+    found = {f"{side}_seconds": significant(s) for side, s in seconds.items()}
+    return {"name": name, **found, "ratio": ratio, **facts}
+
+
+def estimator_saving() -> float:
+    """Return how many times fewer coalitions an answer of equal error takes (n 20, noise .1).
+
+    The published estimator's 20 n evaluations over the fewest with which ours errs no more.
+    """
+    rows = json.loads(ESTIMATORS.read_text())["rows"]
+    found = {
+        (r["estimator"], r["evaluations"]): r["error"]
+        for r in rows
+        if r["name"].startswith("five games") and r["n"] == 20 and r["nu"] == 0.1
+    }
+    enough = [
+        m for (e, m), error in found.items() if e == "ridge" and error <= found["reference", 400]
+    ]
+    return 400 / min(enough)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the published pipeline against ours")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="the small shape only")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    names = ["small"] if arguments.quick else list(SHAPES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers deprecates parts of its own
+        rows = [r for name in names for r in measure(name, SHAPES[name], 5)]
+    found = envelope(
+        rows, ops=ops.backend(), threads=1, batch=BATCH, solver=SOLVERS["ours"].recipe()
+    )
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    for r in rows:
+        print(
+            f"{r['name']:18} {r['published_seconds']:>10} {r['ours_seconds']:>10} {r['ratio']:>7}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
