@@ -41,7 +41,7 @@ check: setup format lint types ## what CI runs: format, lint, types, native code
 
 format: setup
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter-out %.py,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/cuda_on_cpu/*)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -258,7 +258,8 @@ def train(
         (loss * len(parts) if len(parts) > 1 else loss).backward()
         if worker is not model:
             for parameter, other in zip(parameters, worker_parameters, strict=True):
-                parameter.grad = None if other.grad is None else other.grad.float()
+                if other.grad is not None:  # in the master's layout, as the fused optimizer needs
+                    parameter.grad = torch.empty_like(parameter).copy_(other.grad)
             worker.zero_grad(set_to_none=True)
         if training.clip is not None:
             _clip_each(parameters, len(parts), training.clip)

@@ -1,5 +1,5 @@
 // What the two back ends ask of an op's arguments, once. The references and the fake kernels in
-// attr_batch/ops.py ask the same; here it also keeps kernels inside their buffers.
+// attr_batch/ops/ ask the same; here it also keeps kernels inside their buffers.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "update.h"
@@ -100,6 +101,86 @@ inline StepOperands step_operands(const Tensor& sample, const Tensor& model_outp
   o.next = empty();
   o.x0 = empty();
   return o;
+}
+
+// The operands of norm_act: x and skip channels_last, the parameters in the dtype of the
+// arithmetic. What is absent is undefined, and counts no channels.
+struct NormOperands {
+  Tensor x, skip, weight, bias, add, scale, shift;
+  ScalarType arithmetic;
+  int64_t batch, own, channels, pixels, groups, models;  // `own` channels are x's
+};
+
+inline Tensor parameter(const Tensor& t, ScalarType dtype, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on x's device");
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+inline void check_source(const Tensor& skip, const Tensor& x) {
+  STD_TORCH_CHECK(skip.dim() == 4 && skip.size(0) == x.size(0) && skip.size(2) == x.size(2) &&
+                      skip.size(3) == x.size(3) && skip.scalar_type() == x.scalar_type() &&
+                      skip.device() == x.device(),
+                  "skip must have x's batch, height, width, dtype and device");
+}
+
+inline NormOperands norm_operands(const Tensor& x, const std::optional<Tensor>& skip,
+                                  const Tensor& weight, const Tensor& bias,
+                                  const std::optional<Tensor>& add,
+                                  const std::optional<Tensor>& scale,
+                                  const std::optional<Tensor>& shift, int64_t groups) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() == 4 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                                   dtype == ScalarType::Double),
+                  "x must be float32, bfloat16 or float64 of shape (B, C, H, W)");
+  if (skip) check_source(*skip, x);
+  NormOperands o;
+  o.arithmetic = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  o.batch = x.size(0);
+  o.own = x.size(1);
+  o.channels = o.own + (skip ? skip->size(1) : 0);
+  o.pixels = x.size(2) * x.size(3);
+  o.groups = groups;
+  STD_TORCH_CHECK(groups > 0 && o.channels % groups == 0, o.channels, " channels do not fall into ",
+                  groups, " equal groups");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == o.channels && bias.dim() == 2 &&
+                      bias.size(0) == weight.size(0) && bias.size(1) == o.channels,
+                  "weight and bias must be (C,) or (K, C)");
+  o.models = weight.size(0);
+  STD_TORCH_CHECK(o.models > 0 && o.batch % o.models == 0,
+                  "the batch must hold as many of every model");
+  o.x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  if (skip) o.skip = torch::stable::contiguous(*skip, MemoryFormat::ChannelsLast);
+  o.weight = parameter(weight, o.arithmetic, x, "weight");
+  o.bias = parameter(bias, o.arithmetic, x, "bias");
+  const auto per_sample = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t) return Tensor();
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == o.batch && t->size(1) == o.channels, name,
+                    " must be (B, C)");
+    return parameter(*t, o.arithmetic, x, name);
+  };
+  o.add = per_sample(add, "add");
+  o.scale = per_sample(scale, "scale");
+  o.shift = per_sample(shift, "shift");
+  return o;
+}
+
+// What the derivative is asked about besides: channels_last, in x's dtype.
+inline Tensor norm_gradient(const NormOperands& o, const Tensor& grad, const Tensor& stats) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == o.batch && grad.size(1) == o.channels &&
+                      grad.size(2) == o.x.size(2) && grad.size(3) == o.x.size(3) &&
+                      grad.scalar_type() == o.x.scalar_type() && grad.device() == o.x.device(),
+                  "grad must have the output's shape, dtype and device");
+  STD_TORCH_CHECK(stats.dim() == 3 && stats.size(0) == o.batch && stats.size(1) == o.groups &&
+                      stats.size(2) == 2 && stats.scalar_type() == o.arithmetic &&
+                      stats.device() == o.x.device(),
+                  "stats must be norm_act's, of shape (B, groups, 2)");
+  return torch::stable::contiguous(grad, MemoryFormat::ChannelsLast);
+}
+
+inline Tensor empty_channels_last(const Tensor& like, int64_t channels) {
+  return torch::stable::empty({like.size(0), channels, like.size(2), like.size(3)},
+                              like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast);
 }
 
 }  // namespace attr_batch

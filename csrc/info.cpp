@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "normal.h"
+#include "silu.h"
 
 namespace py = pybind11;
 
@@ -65,4 +66,7 @@ PYBIND11_MODULE(_native_info, m) {
   m.def("cpu_features", &cpu_features, "Vector extensions of this CPU");
   m.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"), "One Philox block");
   m.def("box_muller", &normal_pair, py::arg("x"), py::arg("y"), "Two normals from two words");
+  m.def("sigmoid", &attr_batch::sigmoid<float>, py::arg("z"), "The logistic function");
+  m.def("silu", &attr_batch::silu<float>, py::arg("z"), "z sigmoid(z)");
+  m.def("silu_derivative", &attr_batch::silu_derivative<float>, py::arg("z"), "Its derivative");
 }

@@ -6,7 +6,6 @@
 // sin. Against float64 the error is below 1e-6; |z| <= sqrt(66 ln 2) = 6.764.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -17,25 +16,6 @@ namespace attr_batch {
 struct NormalPair {
   float z0, z1;
 };
-
-// Choose without a branch, so that loops over lanes vectorise.
-ATTR_BATCH_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }
-
-ATTR_BATCH_HD float from_bits(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  return std::bit_cast<float>(bits);
-#endif
-}
-
-ATTR_BATCH_HD uint32_t to_bits(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  return std::bit_cast<uint32_t>(value);
-#endif
-}
 
 // ln((x + 1/2) / 2^32), relative error below 2e-7. Write u = 2^e (1 + f) with 1 + f in [2/3, 4/3):
 // ln u = e ln 2 + 2 artanh(s), s = f / (2 + f). Near u = 1 the float u has no room for 1 - u, on

@@ -347,7 +347,7 @@ def test_a_cohort_learns_as_its_models_do_alone(clip, precision):
             differs += float((cohort.get_parameter(name).detach()[k] - weight).abs().sum())
             averages_differ += float((mean.weights[name][k] - ema.weights[name]).abs().sum())
         # Adam turns a last bit of a tiny gradient into a whole step, in bfloat16 often.
-        share = 1e-3 if precision == "fp32" else 0.4
+        share = 1e-3 if precision == "fp32" else 0.2
         assert max(differs, averages_differ) <= share * moved
     assert together.loss == pytest.approx(np.mean(losses), rel=1e-2)
 

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <tuple>
 #include <vector>
 
 #include "../arguments.h"
+#include "bfloat16.h"
 #include "fill_normal.h"
 
 namespace attr_batch::cpu {
@@ -24,11 +24,6 @@ struct Sample {
   float* next;
   float* x0;
 };
-
-ATTR_BATCH_HD float widen(float value) { return value; }
-ATTR_BATCH_HD float widen(uint16_t bfloat16) {
-  return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16);
-}
 
 template <typename T>
 ATTR_BATCH_HD void predict_tile(const float* __restrict__ sample, const T* __restrict__ output,

@@ -1,24 +1,21 @@
-// How the elementwise kernels are launched: a grid-stride loop on PyTorch's current stream, so they
-// can be captured in a CUDA graph.
+// All kernels run on PyTorch's current stream, so they can be captured in a CUDA graph. The few
+// lines for real GPUs have stand-ins in tests/cuda_on_cpu.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
+
+#include "device.cuh"
 
 namespace attr_batch::cuda {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxGrid = 16384;  // several waves on any GPU; the stride loop does the rest
-
-inline unsigned grid_size(int64_t threads) {
-  return static_cast<unsigned>(std::min((threads + kThreads - 1) / kThreads, kMaxGrid));
-}
+#ifdef __CUDACC__
+using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   void* stream = nullptr;
@@ -26,13 +23,13 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
       aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+#endif
 
-__device__ __forceinline__ int64_t first_thread() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+// A dense tensor where vectors may be loaded from. A view may start anywhere; it is copied rather
+// than read otherwise, because another order of summation would give other bits.
+inline torch::stable::Tensor aligned(const torch::stable::Tensor& t) {
+  const bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVectorBytes == 0;
+  return fits ? t : torch::stable::clone(t);
 }
 
 }  // namespace attr_batch::cuda
