@@ -15,7 +15,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 # Put in a field's annotation (`Annotated[str, UNHASHED]`): a place or name that changes no number.
 UNHASHED = "not part of the recipe"

@@ -166,7 +166,7 @@ def test_removing_the_first_ranked_takes_away_what_they_are_worth(found):
     best = np.sort(GAME.shapley())[::-1]
     for row in removed:
         lost = best[: row["contributors"]].sum()
-        assert row["value"] == pytest.approx(found["v_full"] - lost, abs=0.2)
+        assert row["value"] == pytest.approx(found["v_full"] - lost, abs=0.3)
     kept = [r for r in found["removal"] if r["method"] == "ridge" and r["keeps"]]
     assert [r["contributors"] for r in kept] == [7, 7, 6, 5, 4]
 

@@ -1,11 +1,10 @@
 // norm_act on the CPU: a sample at a time, three passes over data that stay in the second-level
 // cache (mean, centred squares, output); the derivative takes two.
 //
-// A pass goes tile by tile. A tile is a few whole pixels, as many as make about kTile elements, so
-// that narrow and odd widths fill vectors too; a coefficient of a channel is repeated for every
-// pixel of a tile, and element i of any tile, lane i, is of one channel. Sums run per lane, then
-// over the pixels of a tile, then over the channels of a group: an order that neither batch,
-// threads nor vectors change.
+// A pass goes tile by tile. A tile is a few whole pixels, so that narrow and odd widths fill
+// vectors too; a coefficient of a channel is repeated for every pixel of a tile, and element i of
+// any tile, lane i, is of one channel. Sums run per lane, then over the pixels of a tile, then over
+// the channels of a group: an order that neither batch, threads nor vectors change.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -22,9 +21,19 @@
 namespace attr_batch::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;
-constexpr int64_t kVector = 16;   // loops over buffers may run on to a multiple of it
+constexpr int64_t kTile = 256;    // elements of a tile, at most if one pixel has no more
+constexpr int64_t kVector = 16;   // the elements of the widest vector
 constexpr int64_t kPartial = 32;  // tiles summed in T before float64 takes over
+
+// How many pixels leave the fewest elements of a tile outside whole vectors.
+int64_t tile_pixels(int64_t channels) {
+  const int64_t most = std::max<int64_t>(1, kTile / std::max<int64_t>(channels, 1));
+  int64_t best = most;
+  for (int64_t r = most; 2 * r > most; --r) {
+    if (r * channels % kVector < best * channels % kVector) best = r;
+  }
+  return best;
+}
 
 template <typename S>  // as stored; a bfloat16 is its bits
 using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -38,17 +47,15 @@ struct Shape {
         channels(o.channels),
         pixels(o.pixels),
         groups(o.groups),
-        repeats(std::max<int64_t>(1, kTile / std::max<int64_t>(o.channels, 1))),
+        repeats(tile_pixels(o.channels)),
         lanes(repeats * o.channels) {}
 };
-
-ATTR_BATCH_HD int64_t padded(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
 
 // An array of zeros, aligned to the cache line.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : lines_(padded(size) * sizeof(T) / sizeof(Line)) {}
+  explicit Buffer(int64_t size) : lines_(size * sizeof(T) / sizeof(Line) + 1) {}
   T* data() { return reinterpret_cast<T*>(lines_.data()); }
 
  private:
@@ -107,7 +114,7 @@ struct Workspace {
         offset(s.lanes),
         slope(s.lanes),
         constant(s.lanes),
-        derivative(kept + kVector),
+        derivative(kept),
         first(s),
         second(s),
         third(s) {}
@@ -136,6 +143,67 @@ ATTR_BATCH_HD void widen_row(const S* __restrict__ from, T* __restrict__ to, int
 template <typename S, typename T>
 ATTR_BATCH_HD void narrow_row(const T* __restrict__ from, S* __restrict__ to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+
+template <typename H, typename T>
+ATTR_BATCH_HD void add_row(const H* __restrict__ h, T* __restrict__ sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += widen(h[i]);
+}
+
+template <typename H, typename T>
+ATTR_BATCH_HD void add_squares(const H* __restrict__ h, const T* __restrict__ centre,
+                               T* __restrict__ sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T centred = widen(h[i]) - centre[i];
+    sum[i] += centred * centred;
+  }
+}
+
+// Loops of one width each: GCC makes less of those that mix bfloat16 with much arithmetic.
+template <typename H, typename T, typename S>
+ATTR_BATCH_HD void act_row(const H* __restrict__ h, const T* __restrict__ centre,
+                           const T* __restrict__ gain, const T* __restrict__ offset, bool activate,
+                           T* __restrict__ z, S* __restrict__ y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] = (widen(h[i]) - centre[i]) * gain[i] + offset[i];
+  if (activate) {
+    for (int64_t i = 0; i < n; ++i) z[i] = silu(z[i]);
+  }
+  narrow_row(z, y, n);
+}
+
+// d from the derivative in y; n, normalised, is of use to the caller.
+template <typename H, typename T, typename S>
+ATTR_BATCH_HD void differentiate_row(const H* __restrict__ h, const T* __restrict__ centre,
+                                     const T* __restrict__ rstd, const T* __restrict__ gain,
+                                     const T* __restrict__ offset, const S* __restrict__ of_y,
+                                     bool activate, T* __restrict__ normal, T* __restrict__ d,
+                                     int64_t n) {
+  for (int64_t i = 0; i < n; ++i) normal[i] = (widen(h[i]) - centre[i]) * rstd[i];
+  widen_row(of_y, d, n);
+  if (activate) {
+    for (int64_t i = 0; i < n; ++i) d[i] *= silu_derivative(normal[i] * gain[i] + offset[i]);
+  }
+}
+
+template <typename T>
+ATTR_BATCH_HD void add_derivatives(const T* __restrict__ d, const T* __restrict__ normal,
+                                   T* __restrict__ of_d, T* __restrict__ of_d_n,
+                                   T* __restrict__ of_n, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    of_d[i] += d[i];
+    of_d_n[i] += d[i] * normal[i];
+    of_n[i] += normal[i];
+  }
+}
+
+template <typename H, typename T>
+ATTR_BATCH_HD void differentiate_norm_row(const H* __restrict__ h, const T* __restrict__ centre,
+                                          const T* __restrict__ gain, const T* __restrict__ slope,
+                                          const T* __restrict__ constant, const T* __restrict__ d,
+                                          T* __restrict__ dh, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    dh[i] = (gain[i] * d[i] - slope[i] * (widen(h[i]) - centre[i])) - constant[i];
+  }
 }
 
 // Calls f(h) for elements start .. start + n - 1, whole pixels, of x and skip concatenated: where
@@ -204,16 +272,12 @@ ATTR_BATCH_HD void set_centre(const Shape& s, const Sample<S>& a, const T* stats
 // Sets `stats`, (mean, 1 / standard deviation) of each group, and w.centre.
 template <typename S, typename T>
 ATTR_BATCH_HD void measure(const Shape& s, const Sample<S>& a, T eps, Workspace<T>& w, T* stats) {
-  T* __restrict__ tile = w.tile.data();
-  T* __restrict__ part = w.first.part();
-  const T* __restrict__ centre = w.centre.data();
   const double* sums = w.first.total();
   for_tiles(
       s,
       [&](int64_t start, int64_t n) ATTR_BATCH_INLINE {
-        with_tile(s, a, start, n, tile, [&](const auto* h) ATTR_BATCH_INLINE {
-          for (int64_t i = 0; i < n; ++i) part[i] += widen(h[i]);
-        });
+        with_tile(s, a, start, n, w.tile.data(),
+                  [&](const auto* h) ATTR_BATCH_INLINE { add_row(h, w.first.part(), n); });
       },
       w.first);
   for_groups(s, [&](int64_t g, int64_t begin, int64_t end) ATTR_BATCH_INLINE {
@@ -229,11 +293,8 @@ ATTR_BATCH_HD void measure(const Shape& s, const Sample<S>& a, T eps, Workspace<
   for_tiles(
       s,
       [&](int64_t start, int64_t n) ATTR_BATCH_INLINE {
-        with_tile(s, a, start, n, tile, [&](const auto* h) ATTR_BATCH_INLINE {
-          for (int64_t i = 0; i < n; ++i) {
-            const T centred = widen(h[i]) - centre[i];
-            part[i] += centred * centred;
-          }
+        with_tile(s, a, start, n, w.tile.data(), [&](const auto* h) ATTR_BATCH_INLINE {
+          add_squares(h, w.centre.data(), w.first.part(), n);
         });
       },
       w.first);
@@ -247,10 +308,7 @@ ATTR_BATCH_HD void measure(const Shape& s, const Sample<S>& a, T eps, Workspace<
 template <typename S, typename T>
 ATTR_BATCH_HD void act(const Shape& s, const Sample<S>& a, T eps, bool activate, Workspace<T>& w,
                        S* y, T* stats) {
-  T* __restrict__ z = w.result.data();
-  T* __restrict__ gain = w.gain.data();
-  T* __restrict__ offset = w.offset.data();
-  const T* __restrict__ centre = w.centre.data();
+  T *gain = w.gain.data(), *offset = w.offset.data();
   measure(s, a, eps, w, stats);
   for_groups(s, [&](int64_t g, int64_t begin, int64_t end) ATTR_BATCH_INLINE {
     for (int64_t c = begin; c < end; ++c) {
@@ -263,13 +321,8 @@ ATTR_BATCH_HD void act(const Shape& s, const Sample<S>& a, T eps, bool activate,
   repeat(s, offset);
   for_tiles(s, [&](int64_t start, int64_t n) ATTR_BATCH_INLINE {
     with_tile(s, a, start, n, w.tile.data(), [&](const auto* h) ATTR_BATCH_INLINE {
-      for (int64_t i = 0; i < n; ++i) z[i] = (widen(h[i]) - centre[i]) * gain[i] + offset[i];
+      act_row(h, w.centre.data(), gain, offset, activate, w.result.data(), y + start, n);
     });
-    if (activate) {
-      const int64_t m = padded(n);
-      for (int64_t i = 0; i < m; ++i) z[i] = silu(z[i]);
-    }
-    narrow_row(z, y + start, n);
   });
 }
 
@@ -277,14 +330,7 @@ ATTR_BATCH_HD void act(const Shape& s, const Sample<S>& a, T eps, bool activate,
 template <typename S, typename T>
 ATTR_BATCH_HD void differentiate_act(const Shape& s, const Sample<S>& a, const S* grad,
                                      const T* stats, bool activate, Workspace<T>& w) {
-  T* __restrict__ normal = w.result.data();
-  T* __restrict__ rstd = w.rstd.data();
-  T* __restrict__ gain = w.gain.data();
-  T* __restrict__ offset = w.offset.data();
-  T* __restrict__ of_d = w.first.part();
-  T* __restrict__ of_d_n = w.second.part();
-  T* __restrict__ of_n = w.third.part();
-  const T* __restrict__ centre = w.centre.data();
+  T *rstd = w.rstd.data(), *gain = w.gain.data(), *offset = w.offset.data();
   set_centre(s, a, stats, w.centre.data());
   for_groups(s, [&](int64_t g, int64_t begin, int64_t end) ATTR_BATCH_INLINE {
     for (int64_t c = begin; c < end; ++c) {
@@ -298,20 +344,12 @@ ATTR_BATCH_HD void differentiate_act(const Shape& s, const Sample<S>& a, const S
   for_tiles(
       s,
       [&](int64_t start, int64_t n) ATTR_BATCH_INLINE {
-        T* __restrict__ d = w.derivative.data() + start;
+        T* d = w.derivative.data() + start;
         with_tile(s, a, start, n, w.tile.data(), [&](const auto* h) ATTR_BATCH_INLINE {
-          for (int64_t i = 0; i < n; ++i) normal[i] = (widen(h[i]) - centre[i]) * rstd[i];
+          differentiate_row(h, w.centre.data(), rstd, gain, offset, grad + start, activate,
+                            w.result.data(), d, n);
         });
-        widen_row(grad + start, d, n);
-        if (activate) {
-          const int64_t m = padded(n);
-          for (int64_t i = 0; i < m; ++i) d[i] *= silu_derivative(normal[i] * gain[i] + offset[i]);
-        }
-        for (int64_t i = 0; i < n; ++i) {
-          of_d[i] += d[i];
-          of_d_n[i] += d[i] * normal[i];
-          of_n[i] += normal[i];
-        }
+        add_derivatives(d, w.result.data(), w.first.part(), w.second.part(), w.third.part(), n);
       },
       w.first, w.second, w.third);
 }
@@ -350,19 +388,12 @@ ATTR_BATCH_HD void differentiate(const Shape& s, const Sample<S>& a, const S* gr
                                  bool activate, Workspace<T>& w, S* dx, S* dskip, T* sums) {
   differentiate_act(s, a, grad, stats, activate, w);
   combine(s, stats, w, sums);
-  T* __restrict__ dh = w.result.data();
-  const T* __restrict__ centre = w.centre.data();
-  const T* __restrict__ gain = w.gain.data();
-  const T* __restrict__ slope = w.slope.data();
-  const T* __restrict__ constant = w.constant.data();
   for_tiles(s, [&](int64_t start, int64_t n) ATTR_BATCH_INLINE {
-    const T* __restrict__ d = w.derivative.data() + start;
     with_tile(s, a, start, n, w.tile.data(), [&](const auto* h) ATTR_BATCH_INLINE {
-      for (int64_t i = 0; i < n; ++i) {
-        dh[i] = (gain[i] * d[i] - slope[i] * (widen(h[i]) - centre[i])) - constant[i];
-      }
+      differentiate_norm_row(h, w.centre.data(), w.gain.data(), w.slope.data(), w.constant.data(),
+                             w.derivative.data() + start, w.result.data(), n);
     });
-    store(s, dh, start, n, dx, dskip);
+    store(s, w.result.data(), start, n, dx, dskip);
   });
 }
 
