@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_job("check", _check, "check spec, data, model and properties before any work", True)
     add_job("plan", _plan, "show what a run would do, what it can reuse, and why not", True)
+    add_job("pilot", _pilot, "measure how many images a coalition are worth their time", True)
     add_job("status", _status, "show what is done, running, failed and waiting", True)
     report = add_job("report", _report, "write attribution and report from the ledger", True)
     report.add_argument("--provisional", action="store_true", help="although some are missing")
@@ -258,6 +259,13 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     facts = plan(_open(arguments))
     _print_json(facts) if arguments.json else print(plan_text(facts))
+
+
+def _pilot(arguments: argparse.Namespace) -> None:
+    from attr_batch.pilot import pilot, pilot_text
+
+    facts = pilot(_open(arguments))
+    _print_json(facts) if arguments.json else print(pilot_text(facts))
 
 
 def _status(arguments: argparse.Namespace) -> None:

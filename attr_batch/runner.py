@@ -235,6 +235,10 @@ class Laboratory:
     def _checkpoint(self, evaluation: Evaluation) -> Path:
         return self.ledger.work(f"runs/{evaluation.key}.safetensors")
 
+    def forget(self, evaluation: Evaluation) -> None:
+        """Remove what is left of an evaluation on the way."""
+        self._checkpoint(evaluation).unlink(missing_ok=True)
+
     def keep(self, evaluation: Evaluation, samples: np.ndarray, seconds: dict[str, float]) -> None:
         """Publish what `sampling.keep` says, and how the samples came to be."""
         ledger, key, keep = self.ledger, evaluation.key, self.spec.sampling.keep
@@ -253,7 +257,7 @@ class Laboratory:
             "provenance": self._provenance,
         }
         ledger.publish_fact(ledger.derivation_name(key), fact)
-        self._checkpoint(evaluation).unlink(missing_ok=True)
+        self.forget(evaluation)
 
     def publish(
         self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
@@ -343,7 +347,7 @@ class Worker:
 
     def work(self, prepares: bool) -> None:
         """Make what is missing of what all share (or wait for it), then evaluate."""
-        self._prepare(prepares)
+        self.prepare(prepares)
         while True:
             evaluation = self._next()
             if evaluation is not None:
@@ -354,7 +358,8 @@ class Worker:
             elif not self.agenda.refresh():
                 return
 
-    def _prepare(self, prepares: bool) -> None:
+    def prepare(self, prepares: bool) -> None:
+        """Make what is missing of what all share, or wait for it."""
         things = self.lab.things()
         order = things if self.shard == 0 else things[::-1]
         deadline = time.monotonic() + self.job.spec.resources.base_wait

@@ -1,33 +1,34 @@
-"""Time one sampler step: our op, its reference, and the diffusers scheduler's own `step`.
+"""Time our ops beside what a program would call without them.
 
     python benchmarks/ops.py --json [--quick]
 
-One thread; the sides take turns in every round, a round is a whole trajectory of 20 steps with a
-model output that is already there. A row holds each side's median seconds of one step; `ratio` is
-diffusers' (or torch.randn's) over the op's, `ratio_reference` the definition's over the op's. The
-op is handed three earlier x0 whatever the solver, as `sampling` does. Its point is bits that do not
-depend on the batch split; time is second. `ops` in the output says which kernels answered, native
-or reference.
+One thread; the sides take turns in every round; a row holds each side's median seconds and the
+ratios to the op's. `ops` in the output says which kernels answered, native or reference.
+
+- solver_step, counter_normal: one sampler step beside the diffusers scheduler's own `step`, and
+  torch.randn. A round is a whole trajectory of 20 steps with a model output that is already there;
+  the op is handed three earlier x0 whatever the solver, as `sampling` does. Its point is bits that
+  do not depend on the batch split; time is second. `ratio_reference` compares with the definition.
+- norm_act: forward, and forward with backward, beside the same formula run eagerly and compiled by
+  inductor (not with --quick: compiling takes minutes), all in channels_last.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import platform
-import statistics
-import subprocess
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from measure import envelope, medians, significant
+from torch.nn import functional
 
 from attr_batch import ops
 
@@ -39,6 +40,11 @@ SOLVERS: dict[str, tuple[Any, dict[str, float]]] = {  # scheduler, options of it
     "dpmpp": (DPMSolverMultistepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
+
+# Own channels, those of a skip connection, and height = width; images.
+NORM_SHAPES = [(64, 0, 32), (128, 0, 16), (128, 0, 8), (128, 0, 4), (32, 0, 32), (64, 32, 32)]
+NORM_BATCHES = [8, 64]
+GROUPS = 8
 
 Trajectory = Callable[[], object]
 
@@ -66,24 +72,12 @@ def with_scheduler(scheduler: Any, x, output, options: dict[str, float]) -> Traj
     return run
 
 
-def medians(sides: dict[str, Trajectory], rounds: int) -> dict[str, float]:
-    """Return each side's median seconds, the sides taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 1):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            if i > 0:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(s) for name, s in seconds.items()}
-
-
 def row(name: str, shape: tuple[int, ...], found: dict[str, float], calls: int) -> dict[str, Any]:
     library = found["diffusers" if "diffusers" in found else "randn"]
     return {
         "name": f"{name} {'x'.join(map(str, shape))}",
         "shape": shape,
-        **{f"{side}_seconds": float(f"{s / calls:.3g}") for side, s in found.items()},
+        **{f"{side}_seconds": significant(s / calls) for side, s in found.items()},
         "ratio": round(library / found["op"], 2),
         "ratio_reference": round(found["reference"] / found["op"], 2),
     }
@@ -111,21 +105,66 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+def norm_op(x, skip, weight, bias, add):
+    return ops.norm_act(x, weight, bias, GROUPS, 1e-5, skip=skip, add=add)
 
 
-def commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+def norm_torch(x, skip, weight, bias, add):
+    h = x if skip is None else torch.cat((x, skip), dim=1)
+    h = h + add[:, :, None, None]
+    return functional.silu(functional.group_norm(h, GROUPS, weight, bias, 1e-5))
+
+
+def norm_sides(compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    sides = {"op": norm_op, "eager": norm_torch}
+    if compiled:
+        torch.compiler.reset()
+        sides["inductor"] = torch.compile(norm_torch, dynamic=False)
+    return sides
+
+
+def norm_row(name: str, shape: tuple[int, ...], found: dict[str, float]) -> dict[str, Any]:
+    others = {f"ratio_{side}": round(s / found["op"], 2) for side, s in found.items()}
+    del others["ratio_op"]
+    seconds = {f"{side}_seconds": significant(s) for side, s in found.items()}
+    return {"name": name, "shape": shape, **seconds, **others}
+
+
+def forward_backward(norm_act, leaves, grad):
+    wanted = [t for t in leaves if t is not None]
+    return torch.autograd.grad(norm_act(*leaves), wanted, grad)
+
+
+def norm_inputs(shape: tuple[int, ...], own: int, dtype: torch.dtype) -> list[Any]:
+    x, skip = torch.randn(shape).to(dtype).split((own, shape[1] - own), dim=1)
+    return [
+        x.contiguous(memory_format=torch.channels_last),
+        skip.contiguous(memory_format=torch.channels_last) if skip.shape[1] else None,
+        *torch.randn(2, shape[1]).to(dtype),
+        torch.randn(shape[:2]).to(dtype),
+    ]
+
+
+def measure_norm(rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    rows = []
+    sizes = itertools.product((torch.float32, torch.bfloat16), NORM_SHAPES, NORM_BATCHES)
+    for dtype, (own, others, side), batch in sizes:
+        shape = (batch, own + others, side, side)
+        width = f"{own}+{others}" if others else str(own)
+        name = f"norm_act {str(dtype).removeprefix('torch.')} {batch}x{width}x{side}x{side}"
+        sides, inputs = norm_sides(compiled), norm_inputs(shape, own, dtype)
+        with torch.inference_mode():
+            runs = {k: partial(f, *inputs) for k, f in sides.items()}
+            rows.append(norm_row(f"{name} forward", shape, medians(runs, rounds)))
+        leaves = [t if t is None else t.requires_grad_() for t in inputs]
+        grad = norm_inputs(shape, shape[1], dtype)[0]
+        runs = {k: partial(forward_backward, f, leaves, grad) for k, f in sides.items()}
+        rows.append(norm_row(f"{name} both", shape, medians(runs, rounds)))
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time one sampler step")
+    parser = argparse.ArgumentParser(description="Time our ops")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, a few seconds")
     arguments = parser.parse_args()
@@ -134,20 +173,14 @@ def main() -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # diffusers makes numpy of tensors
         rows = measure(5 if arguments.quick else 51)
-    found = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "ops": ops.backend(),
-        "threads": 1,
-        "rows": rows,
-    }
+    rows += measure_norm(5 if arguments.quick else 51, compiled=not arguments.quick)
+    found = envelope(rows, ops=ops.backend(), threads=1)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
     for r in rows:
         figures = "  ".join(f"{k} {v:g}" for k, v in r.items() if k not in {"name", "shape"})
-        print(f"{r['name']:32} {figures}")
+        print(f"{r['name']:40} {figures}")
 
 
 if __name__ == "__main__":

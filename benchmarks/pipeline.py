@@ -55,9 +55,12 @@ ESTIMATORS = Path(__file__).parent / "results" / "estimators.json"
 class Published:
     """A coalition as the paper's scripts compute it."""
 
-    def __init__(self, module: torch.nn.Module, images: np.ndarray) -> None:
-        self.module = copy.deepcopy(module)
-        self.images = torch.tensor(images).float() / 127.5 - 1
+    def __init__(
+        self, module: torch.nn.Module, images: np.ndarray, device: str = "cpu", batch: int = BATCH
+    ) -> None:
+        self.device, self.batch = device, batch
+        self.module = copy.deepcopy(module).to(device)
+        self.images = torch.tensor(images).float().to(device) / 127.5 - 1
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-4)
         self.ema = EMAModel(self.module.parameters(), decay=0.9999, use_ema_warmup=True)
         self.noise = DDIMScheduler(**SCHEDULE.diffusers_config())
@@ -65,9 +68,10 @@ class Published:
     def step(self) -> None:
         """One training step."""
         self.module.train()
-        x0 = self.images[torch.randint(len(self.images), (BATCH,))]
+        chosen = torch.randint(len(self.images), (self.batch,), device=self.device)
+        x0 = self.images[chosen]
         noise = torch.randn_like(x0)
-        t = torch.randint(SCHEDULE.timesteps, (BATCH,))
+        t = torch.randint(SCHEDULE.timesteps, (self.batch,), device=self.device)
         answer = self.module(self.noise.add_noise(x0, noise, t), t).sample
         loss = torch.nn.functional.mse_loss(answer, noise)
         self.optimizer.zero_grad()
@@ -81,7 +85,7 @@ class Published:
         """One batch of samples by 100 steps of DDIM."""
         self.module.eval()
         self.noise.set_timesteps(100)
-        x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+        x = torch.randn(self.batch, CHANNELS, SIZE, SIZE, device=self.device)
         for t in self.noise.timesteps:
             x = self.noise.step(self.module(x, t).sample, t, x).prev_sample
         return x

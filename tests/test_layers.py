@@ -23,7 +23,7 @@ LAYERS = [
     ],
     ["spec"],
     ["tracking", "predecessor", "job", "facts", "results", "studies", "outlook", "scoring"],
-    ["runner", "validate", "doctor"],
+    ["runner", "pilot", "validate", "doctor"],
     ["cli"],
 ]  # fmt: skip
 PLACE = {name: (layer, i) for layer, names in enumerate(LAYERS) for i, name in enumerate(names)}

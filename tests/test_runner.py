@@ -196,7 +196,7 @@ def test_samples_do_not_depend_on_what_else_was_evaluated_before(done, tiny):
     """Every evaluation alone gives the bits that it gave in the whole job."""
     job = tiny(sampling={**TINY["sampling"], "keep": "all"})
     lab = Laboratory(job)
-    Worker(lab, 0, 1, "s")._prepare(prepares=True)
+    Worker(lab, 0, 1, "s").prepare(prepares=True)
     for evaluation in job.plan[-5::2]:
         runner.run_one(evaluation, lab, runner.Upkeep())
         name = job.ledger.samples_name(evaluation.key)
