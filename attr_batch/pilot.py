@@ -140,7 +140,7 @@ def pilot_text(found: dict[str, Any]) -> str:
         "",
         "Standard deviations of v(S): between coalitions, between training seeds, and of sampling",
         "in differences; the images that give the least error for the time, and the time for an",
-        "equal error beside now. A pilot knows them to some 30 %. In the spec, once, before the job",
-        f"runs: sampling.images: {found['recommended']}",
+        "equal error beside now. A pilot knows them to some 30 %. In the spec, before all runs:",
+        f"sampling.images: {found['recommended']}",
     ]
     return "\n".join(lines)

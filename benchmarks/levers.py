@@ -67,7 +67,7 @@ def diffusers_modules() -> Iterator[None]:
 def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
     """Return for each lever a record a coalition: its entry, properties, their errors."""
     lab = Laboratory(job)
-    Worker(lab, 0, 1, "levers")._prepare(prepares=True)
+    Worker(lab, 0, 1, "levers").prepare(prepares=True)
     derived = [e for e in job.plan if e.subject == "derived"]
     found: dict[str, list[dict[str, Any]]] = {}
     own = job.spec.sampling.recipe()
