@@ -118,6 +118,8 @@ def surrogate_jobs() -> str:
         same = number(row["same_rmse_without"], 0)
         if row["same_rmse_without"] is None and row["ratio"] > 1:
             same = "more than 60"
+        elif row["same_rmse_without"] == 12 and row["ratio"] < 1:
+            same = "fewer than 12"
         rows.append([name, m, f"{row['rmse_without']:.3g}", f"{row['rmse']:.3g}", same])
     heads = ["job, property", "coalitions", "error without", "error with"]
     return table([*heads, "coalitions that do as well without"], rows)
@@ -252,6 +254,34 @@ def removal() -> str:
 
 
 # -- in the pages ----------------------------------------------------------------------------------
+
+
+def pipeline() -> str:
+    """The published pipeline and ours, side by side."""
+    rows = [
+        [
+            row["name"] + (" (derived)" if row.get("derived") else ""),
+            f"{row['published_seconds']:.3g}",
+            f"{row['ours_seconds']:.3g}",
+            f"{row['ratio']:.3g}x",
+        ]
+        for row in result("pipeline")["rows"]
+    ]
+    return table(["", "published, s", "ours, s", "ratio"], rows)
+
+
+def levers() -> str:
+    """What each lever does to the digits job's properties and values."""
+    rows = []
+    for row in result("levers")["rows"]:
+        prop, _, lever = row["name"].partition(": ")
+        if prop == "classifier_inception_score" or lever == "ddim 100":
+            continue
+        shift = f"{row['shift']:.2g} ± {row['shift_se']:.1g}".replace("-", "−")
+        shares = [row["sd_of_difference"] / row["spread"], row["moved"]]
+        rows.append([prop, lever, shift, *(short(x) for x in (*shares, row["rank"]))])
+    heads = ["property", "lever", "shift", "sd of shift / spread", "largest move / half-width"]
+    return table([*heads, "rank correlation"], rows)
 
 
 def pages() -> list[Path]:
