@@ -21,7 +21,7 @@
 namespace attr_batch::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;    // elements of a tile, at most if one pixel has no more
+constexpr int64_t kTile = 256;    // elements of a tile at most, unless a pixel has more
 constexpr int64_t kVector = 16;   // the elements of the widest vector
 constexpr int64_t kPartial = 32;  // tiles summed in T before float64 takes over
 
