@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attr_batch.ops import winograd
-from attr_batch.ops.native import Op, backend, load
+from attr_batch.ops.native import Op, backend, call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,7 @@ def pruned_conv2d(
     if skip is None and (stride, padding) == (1, 1) and winograd.pays(x, weight):
         return winograd.conv3x3(x, weight, bias, residual)
     if _own_kernel(x, weight):
-        load()
-        import torch
-
-        return torch.ops.attr_batch.pruned_conv2d(x, skip, weight, bias, residual, stride, padding)
+        return call("pruned_conv2d", x, skip, weight, bias, residual, stride, padding)
     return pruned_conv2d_ref(x, skip, weight, bias, residual, stride, padding)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attr_batch.ops.native import Op, load
+from attr_batch.ops.native import Op, call
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,8 @@ def norm_act(
     A sample's bits depend on nothing but that sample, so any split of the batch or cohort gives the
     same. Has first derivatives in all tensors.
     """
-    load()
-    import torch
-
     weight, bias = (p[None] if p.dim() == 1 else p for p in (weight, bias))
-    y, _ = torch.ops.attr_batch.norm_act(
-        x, skip, weight, bias, add, scale, shift, groups, eps, silu
-    )
+    y, _ = call("norm_act", x, skip, weight, bias, add, scale, shift, groups, eps, silu)
     return y
 
 

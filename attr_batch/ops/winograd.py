@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attr_batch.ops.native import Op, backend, load
+from attr_batch.ops.native import Op, backend, call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,7 @@ def conv3x3(
     rows kB/K to (k+1)B/K - 1 use the k-th model's. The same bits under any split of the batch. Has
     first derivatives in all tensors.
     """
-    load()
-    import torch
-
-    return torch.ops.attr_batch.conv3x3(x, weight, bias, residual)
+    return call("conv3x3", x, weight, bias, residual)
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
