@@ -37,9 +37,9 @@ def facts() -> dict[str, dict[str, Any]]:
     }
     info = ops.build_info()
     native = {
-        "solver_step": _served("cpu"),
-        "counter_normal": _served("cpu"),
-        **({"on cuda": _served("cuda")} if torch.version.cuda else {}),
+        **{name: _served("cpu") for name in ("counter_normal", "solver_step", "norm_act")},
+        "conv3x3": f"{_served('cpu')}; where it pays, else oneDNN",
+        **({"on cuda": _served("cuda"), "cohorts": _cohorts()} if torch.version.cuda else {}),
         "libraries": info["libraries"] or "none",
         **(info.get("build") or {"build": f"none: {info.get('why')}"}),
     }
@@ -52,6 +52,10 @@ def facts() -> dict[str, dict[str, Any]]:
         "MLflow": {"default": "SQLite in the job's store; `tracking.uri` names a server"},
         "disk": {"free here": f"{free / 2**30:.1f} GiB", "folder": str(Path.cwd())},
     }
+
+
+def _cohorts() -> str:
+    return "pruned_conv2d in bf16, else cuDNN" if ops.backend("cuda") == "native" else "cuDNN"
 
 
 def _served(device: str) -> str:

@@ -1,6 +1,9 @@
 """pruned_conv2d and conv3x3 against ATen in float64."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,6 +106,32 @@ def test_conv3x3_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     if ops.backend() == "native":
         assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+EVERY_ISA = """
+import sys, torch
+from torch.nn.functional import conv2d
+from attr_batch import ops
+for outputs in (7, 16, 40):
+    x = torch.randn(3, 17, 9, 6).requires_grad_()
+    weight = (torch.randn(1, outputs, 17, 3, 3) / 12).requires_grad_()
+    y, want = ops.conv3x3(x, weight), conv2d(x, weight[0], padding=1)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-4)
+    grad = torch.randn_like(y)
+    for got, exact in zip(*(torch.autograd.grad(z, (x, weight), grad) for z in (y, want))):
+        torch.testing.assert_close(got, exact, rtol=0, atol=1e-3)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_conv3x3_with_every_instruction_set(isa):
+    """A CPU without the named one takes the portable code."""
+    env = {**os.environ, "ATTR_BATCH_ISA": isa, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", EVERY_ISA], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert result.stdout.split() == ["done"], result.stderr
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4] + SHAPES[-1:], ids=str)

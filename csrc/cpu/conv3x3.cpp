@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
+#include <string_view>
 
 #include "../conv3x3_arguments.h"
 #include "winograd.h"
@@ -293,16 +295,22 @@ ATTR_BATCH_ISA(avx2, __attribute__((target("avx2,fma"))), HalfLanes, 6)
 ATTR_BATCH_ISA(avx512, __attribute__((target("avx512f,fma"))), Lanes, 14)
 #endif
 
-const Isa& isa() {
+// The widest this CPU has, or what ATTR_BATCH_ISA names: tests go through all of them.
+const Isa& choose_isa() {
+  const char* named = std::getenv("ATTR_BATCH_ISA");
+  const std::string_view wanted = named == nullptr ? "" : named;
 #if defined(__x86_64__)
-  static const Isa& chosen = __builtin_cpu_supports("avx512f") ? k_avx512
-                             : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                 ? k_avx2
-                                 : k_portable;
-  return chosen;
-#else
-  return k_portable;
+  const bool avx512 = __builtin_cpu_supports("avx512f");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx512 && (wanted.empty() || wanted == "avx512")) return k_avx512;
+  if (avx2 && (wanted.empty() || wanted == "avx2")) return k_avx2;
 #endif
+  return k_portable;
+}
+
+const Isa& isa() {
+  static const Isa& chosen = choose_isa();
+  return chosen;
 }
 
 // A thread's own memory, kept from call to call: fresh pages cost more than the arithmetic.
