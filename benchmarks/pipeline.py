@@ -6,7 +6,8 @@ Published: diffusers' UNet2DModel as it comes, eager fp32, Adam, the loss as in 
 scripts, a long-running average of the weights, DDIM with 100 steps of its own scheduler. Ours:
 `training.train` and `sampling.Sampling` as a job runs them. Both on the same pruned UNet, in one
 process on one thread, taking turns. `step` is one training step, `image` one sample, each the
-median of at least 5 repetitions at a batch of 8; `coalition` is k steps and N images of the paper's
+median of at least 5 repetitions at a batch of 8; `forward` is one pass of such a batch, also as
+inductor compiles it (the ratio is eager's); `coalition` is k steps and N images of the paper's
 CIFAR-20 (k 1,000, N 10,240) on those medians; `answer` multiplies by what our estimator saves for
 an equal error, as benchmarks/results/estimators.json has it. `--quick` measures the small shape.
 """
@@ -27,10 +28,11 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.training_utils import EMAModel
-from measure import envelope, interleaved, significant
+from measure import envelope, interleaved, medians, significant
 
 from attr_batch import log, ops
 from attr_batch.counterfactual import SparsifiedFinetune
+from attr_batch.fused import fuse
 from attr_batch.models import NoiseSchedule, UNet
 from attr_batch.pruning import Magnitude
 from attr_batch.sampling import Sampling
@@ -63,7 +65,7 @@ class Published:
         self.images = torch.tensor(images).float().to(device) / 127.5 - 1
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-4)
         self.ema = EMAModel(self.module.parameters(), decay=0.9999, use_ema_warmup=True)
-        self.noise = DDIMScheduler(**SCHEDULE.diffusers_config())
+        self.noise: Any = DDIMScheduler(**SCHEDULE.diffusers_config())
 
     def step(self) -> None:
         """One training step."""
@@ -149,6 +151,9 @@ def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
     sides = {"published": published.sample, "ours": lambda: ours.sample(sampling)}
     image = {side: statistics.median(s) / BATCH for side, s in interleaved(sides, rounds).items()}
 
+    # A forward pass, beside what inductor makes of diffusers' modules.
+    forward = forward_seconds(module, rounds, compiled=name != "small")
+
     coalition = {side: K * step[side] + IMAGES * image[side] for side in step}
     saving = estimator_saving()
     answer = {"published": coalition["published"] * saving, "ours": coalition["ours"]}
@@ -156,6 +161,7 @@ def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
     rows = [
         row(f"{name}/step", step),
         row(f"{name}/image", image),
+        row(f"{name}/forward", forward),
         row(f"{name}/coalition", coalition, derived=True, k=K, images=IMAGES),
         row(f"{name}/answer", answer, derived=True, estimator_saving=saving),
     ]
@@ -163,9 +169,28 @@ def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
+def forward_seconds(module: Any, rounds: int, compiled: bool) -> dict[str, float]:
+    """Return each side's median seconds of one forward pass of a batch."""
+    x, t = torch.randn(BATCH, CHANNELS, SIZE, SIZE), torch.arange(BATCH)
+    network = fuse(module.eval())
+    sides = {
+        "published": lambda: module(x, t, return_dict=False),
+        "ours": lambda: network(x, t),
+    }
+    if compiled:  # half a minute
+        other = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        inductor = torch.compile(other)
+        x_last = x.contiguous(memory_format=torch.channels_last)
+        sides["inductor"] = lambda: inductor(x_last, t, return_dict=False)
+    return medians(sides, 3 * rounds)
+
+
 def row(name: str, seconds: dict[str, float], **facts: Any) -> dict[str, Any]:
     ratio = round(seconds["published"] / seconds["ours"], 2)
     found = {f"{side}_seconds": significant(s) for side, s in seconds.items()}
+    if "inductor" in seconds:
+        facts["ratio_inductor"] = round(seconds["inductor"] / seconds["ours"], 2)
     return {"name": name, **found, "ratio": ratio, **facts}
 
 
