@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+GPU_PYTHON ?= python3
+OUT ?= benchmarks/results
+WHEELS ?=
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types bench clean
+.PHONY: help setup demo test check format lint types bench gpu clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +57,9 @@ bench: setup ## run the benchmarks, write benchmarks/results/*.json
 	  $(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.new || exit 1; \
 	  mv benchmarks/results/$$name.new benchmarks/results/$$name.json; \
 	done
+
+gpu: ## on a CUDA machine: build, test, benchmark in 9 minutes (OUT=folder WHEELS=folder)
+	$(GPU_PYTHON) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)')
 
 clean: ## remove the environment and build outputs
 	rm -rf $(VENV) build *.egg-info attr_batch/*.so

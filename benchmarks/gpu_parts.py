@@ -1,8 +1,8 @@
 """What `make gpu` measures, part by part; `gpu.py` runs each part in a process of its own.
 
-    python benchmarks/gpu_parts.py PART --rows FILE [--seconds N] [--rehearse] [--without OP]
+    python benchmarks/gpu_parts.py PART --rows FILE [--seconds N] [--rehearse]
 
-check: every op once, against its definition in float64.
+check: one op (`--op`), once, against its definition in float64.
 ops: what the card can do (copying, a bfloat16 matrix product), then each op against what PyTorch
 would do instead: eagerly, through inductor, through cuDNN.
 pipeline: a training step and an image, as published and as ours with one lever more at a time.
@@ -17,15 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import json
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -36,6 +38,7 @@ from attr_batch import ops
 from attr_batch.ops import conv as conv_module
 
 ROUNDS = 7
+COMPILING = 45  # with fewer seconds left in a part, nothing is compiled any more
 WARM = 5  # steps of a training that are not timed: a graph is captured in the fourth
 EPS = 1e-5
 
@@ -52,6 +55,7 @@ class Bench:
     ceilings: dict[str, float] = field(default_factory=dict)
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self.until - time.monotonic()
 
     def add(self, name: str, **facts: Any) -> None:
@@ -66,6 +70,7 @@ class Bench:
         return tiny if self.rehearsal else real
 
     def wait(self) -> None:
+        """Wait until the device has done what it was told."""
         if self.device != "cpu":
             torch.cuda.synchronize()
 
@@ -83,7 +88,7 @@ class Bench:
         last.synchronize()
         return first.elapsed_time(last) / 1000
 
-    def medians(self, sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    def medians(self, sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
         """Return each side's median seconds, the sides taking turns; a first round warms up."""
         found: dict[str, list[float]] = {name: [] for name in sides}
         for i in range(1 + self.pick(rounds, 1)):
@@ -118,7 +123,7 @@ def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
 
 
 def compare(
-    bench: Bench, sides: dict[str, tuple[Callable[..., object], Sequence[tuple[Any, ...]]]]
+    bench: Bench, sides: Mapping[str, tuple[Callable[..., object], Sequence[tuple[Any, ...]]]]
 ) -> dict[str, float]:
     """Return each side's median seconds per call, its calls going through several argument sets.
 
@@ -132,7 +137,7 @@ def compare(
 
         try:
             runs[name], calls[name] = captured(bench, run), len(sets)
-        except Exception as error:  # noqa: BLE001  (a compiler's errors are of many kinds)
+        except Exception as error:  # a compiler's errors are of many kinds
             bench.wait()
             print(f"  {name} left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
     found = bench.medians(runs, ROUNDS)
@@ -170,6 +175,8 @@ def add_row(
         row["operations"] = operations
         if "gemm" in bench.ceilings:
             row["share_of_gemm"] = round(operations / ours / bench.ceilings["gemm"], 3)
+    if ops.backend(bench.device) == "reference":
+        row["kernels"] = "reference"  # no library: "ours" is the definition
     bench.add(name, **row, **facts)
 
 
@@ -181,12 +188,8 @@ def normal(bench: Bench, *shape: int, dtype: torch.dtype = torch.bfloat16) -> to
 # -- check -----------------------------------------------------------------------------------------
 
 
-def check(bench: Bench) -> None:
-    """Run every op once against its definition in float64; a row for each: ok or not.
-
-    A kernel that reads where it must not takes its process along, so the rows are written one by
-    one, and an op whose row is missing counts as broken.
-    """
+def check(bench: Bench, op: str) -> None:
+    """Run an op once, forward and backward, against its definition in float64."""
     device = bench.device
     generator = torch.Generator().manual_seed(0)
 
@@ -206,24 +209,26 @@ def check(bench: Bench) -> None:
     def norm() -> float:
         x, skip = draw(4, 32, 16, 16), draw(4, 32, 16, 16)
         weight, bias, add = draw(2, 64), draw(2, 64), draw(4, 64)
-        tensors = [t.requires_grad_() for t in (x, skip, weight, bias, add)]
-        doubles = [exact(t).requires_grad_() for t in tensors]
+        tensors: Any = [t.requires_grad_() for t in (x, skip, weight, bias, add)]
+        doubles: Any = [exact(t).requires_grad_() for t in tensors]
         got = torch.ops.attr_batch.norm_act(*tensors, None, None, 8, EPS, True)[0]
-        want = ops.norm_act_ref(*doubles, None, None, 8, EPS, True)[0]
+        definition: Any = ops.norm_act_ref
+        want = definition(*doubles, None, None, 8, EPS, True)[0]
         return far_with_gradients(got, want, tensors, doubles)
 
     def conv() -> float:
         x, skip, residual = draw(4, 64, 16, 16), draw(4, 32, 16, 16), draw(4, 64, 16, 16)
         weight, bias = draw(2, 64, 96, 3, 3) / 30, draw(2, 64)
-        tensors = [t.detach().requires_grad_() for t in (x, skip, weight, bias, residual)]
-        doubles = [exact(t).requires_grad_() for t in tensors]
+        tensors: Any = [t.detach().requires_grad_() for t in (x, skip, weight, bias, residual)]
+        doubles: Any = [exact(t).requires_grad_() for t in tensors]
         got = torch.ops.attr_batch.pruned_conv2d(*tensors, 1, 1)
-        want = ops.pruned_conv2d_ref(*doubles, 1, 1)
+        definition: Any = ops.pruned_conv2d_ref
+        want = definition(*doubles, 1, 1)
         return far_with_gradients(got, want, tensors, doubles)
 
     def far(got: torch.Tensor, want: torch.Tensor) -> float:
         error = float((exact(got) - want.detach()).norm() / want.detach().norm())
-        return error if error == error else float("inf")
+        return error if math.isfinite(error) else math.inf
 
     def far_with_gradients(got: Any, want: Any, tensors: Any, doubles: Any) -> float:
         grad = draw(*got.shape)
@@ -233,18 +238,19 @@ def check(bench: Bench) -> None:
         return max(far(g, w) for g, w in pairs)
 
     ops.load()
-    print(json.dumps(ops.build_info(), indent=1))
-    kernels = ops.backend(device)
-    checks = {
+    run, most = {
         "solver_step": (sampler, 1e-5),
         "norm_act": (norm, 1e-2),
         "pruned_conv2d": (conv, 1e-2),
-    }
-    for name, (run, most) in checks.items():
-        error = run()
-        bench.wait()
-        row = dict(ok=error <= most, error=significant(error), most=most, kernels=kernels)
-        bench.add(f"check {name}", **row)
+    }[op]
+    error = run()
+    bench.wait()
+    facts = dict(error=significant(error), most=most, kernels=ops.backend(device))
+    bench.add(f"check {op}", ok=error <= most, **facts)
+    if error > most:
+        raise SystemExit(
+            f"{op} is wrong: {error:.2g} from its definition, at most {most:g} is right"
+        )
 
 
 # -- ops -------------------------------------------------------------------------------------------
@@ -283,8 +289,8 @@ def ceilings(bench: Bench) -> None:
 
 
 def compiled(bench: Bench, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return `function` through inductor, if there is time for its compiler."""
-    if bench.device == "cpu" or bench.left() < 20:
+    """Return `function` through inductor, while there is time for its compiler and the rest."""
+    if bench.device == "cpu" or bench.left() < COMPILING:
         return None
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -505,7 +511,8 @@ class Variant:
     own_conv: bool = True
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """As a job spells it."""
         return "bf16" if self.bf16 else "fp32"
 
 
@@ -526,18 +533,17 @@ def levers(variant: Variant) -> Iterator[None]:
     """Take levers away from the program itself, so that what is timed is the program."""
     from attr_batch import sampling, training
 
+    def plain(function: Any, *_: Any) -> Any:
+        return function
+
+    without = ["fuse"] * (not variant.fused) + ["Replayed"] * (not variant.graph)
     with contextlib.ExitStack() as stack:
         for module in (training, sampling):
-            if not variant.fused:
-                stack.enter_context(mock.patch.object(module, "fuse", lambda network: network))
-            if not variant.graph:
-                stack.enter_context(
-                    mock.patch.object(module, "Replayed", lambda function, device: function)
-                )
+            for name in without:
+                stack.enter_context(mock.patch.object(module, name, plain))
         if not variant.own_conv:
-            stack.enter_context(
-                mock.patch.object(conv_module, "_own_kernel", lambda x, weight: False)
-            )
+            patch = mock.patch.object(conv_module, "_own_kernel", return_value=False)
+            stack.enter_context(patch)
         yield
 
 
@@ -551,6 +557,8 @@ class Subject:
         from attr_batch.models import UNet
         from attr_batch.pruning import Magnitude
 
+        if bench.rehearsal:
+            pipeline.SIZE = 8
         tiny = UNet(block_out_channels=(8, 16), norm_num_groups=4)
         unet = bench.pick(pipeline.SHAPES[shape], tiny)
         self.bench, self.batch, self.drawn = bench, batch, drawn
@@ -567,11 +575,13 @@ class Subject:
         self.images = random.integers(0, 256, shape_, np.uint8)
 
     def published(self) -> Any:
+        """Return the published pipeline with this model."""
         import pipeline
 
         return pipeline.Published(self.module, self.images[:1024], self.bench.device, self.batch)
 
     def cohort(self, models: int) -> torch.nn.Module:
+        """Return the model, or a cohort of as many, on the device."""
         from attr_batch.fused import stack
 
         module = copy.deepcopy(self.module) if models == 1 else stack([self.module] * models)
@@ -583,13 +593,14 @@ class Subject:
         from attr_batch.training import Ema, train
 
         half = len(self.images) // 2
-        parts = [self.images[k :: variant.models][:half] for k in range(variant.models)]
+        starts = [k * half // variant.models for k in range(variant.models)]
+        parts = [self.images[start : start + half] for start in starts]
         watch = watching(self.bench, WARM, WARM + steps)
         training = SparsifiedFinetune(
             steps=WARM + steps,
             batch=self.batch,
             learning_rate=1e-4,
-            precision=variant.precision,  # pyright: ignore[reportArgumentType]
+            precision=variant.precision,
         )
         ema = Ema(module, "short")
         images = parts[0] if variant.models == 1 else parts
@@ -610,7 +621,7 @@ class Subject:
             steps=12,
             images=images,
             batch=self.drawn,
-            precision=variant.precision,  # pyright: ignore[reportArgumentType]
+            precision=variant.precision,
         )
         shape = (self.channels, self.size, self.size)
         sampling.draw(module, self.schedule, shape, 1, upkeep=watch, device=self.bench.device)
@@ -638,29 +649,28 @@ def watching(bench: Bench, first: int, last: int) -> Any:
     return watch
 
 
-def peak(bench: Bench, run: Callable[[], object]) -> int | None:
-    """Return the MiB that `run` adds at its worst to what is there before."""
+def with_peak(bench: Bench, run: Callable[[], float]) -> tuple[float, int | None]:
+    """Return what `run` returns, and the MiB it adds at its worst to what was there before."""
     if bench.device == "cpu":
-        run()
-        return None
+        return run(), None
     gc.collect()
     bench.wait()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run()
+    found = run()
     bench.wait()
-    return (torch.cuda.max_memory_allocated() - before) >> 20
+    return found, (torch.cuda.max_memory_allocated() - before) >> 20
 
 
 K, IMAGES, COALITIONS = 1000, 10_240, 100  # the paper's CIFAR-20, and a full answer
 
 
 def run_pipeline(bench: Bench) -> None:
-    for i, shape in enumerate(("cifar", "small")):
-        share = bench.left() * (0.65, 1.0)[i]
+    """Measure both shapes, the large one for most of the time."""
+    for shape, share in bench.pick({"cifar": 0.65, "small": 1.0}, {"small": 1.0}).items():
         inner = copy.copy(bench)
-        inner.until = time.monotonic() + share
+        inner.until = time.monotonic() + share * bench.left()
         one_pipeline(inner, shape)
 
 
@@ -676,61 +686,72 @@ def variants(bench: Bench) -> dict[str, Variant]:
 
 
 def one_pipeline(bench: Bench, shape: str) -> None:
+    """Let the sides take turns; memory is looked at in the first round, one side at a time."""
     subject = Subject(bench, shape, *bench.pick((128, 256, 4096), (2, 2, 16)))
-    steps = bench.pick(10, 2)
+    steps, batches = bench.pick((10, 2), (2, 1))
+    chosen = variants(bench)
 
-    def step_once(variant: Variant) -> float:
+    def step_once(name: str) -> float:
+        if name == "published":
+            return published_step(bench, subject, steps)
+        variant = chosen[name]
         with levers(variant):
             return subject.train(subject.cohort(variant.models), variant, steps) / variant.models
 
-    def draw_once(variant: Variant) -> float:
+    def draw_once(name: str) -> float:
+        if name == "published":
+            return published_image(bench, subject)
+        variant = chosen[name]
         with levers(variant):
-            module = subject.cohort(variant.models)
-            return subject.draw(module, variant, bench.pick(3, 1)) / variant.models
+            return subject.draw(subject.cohort(variant.models), variant, batches) / variant.models
 
-    def published_step(it: Any, count: int) -> float:
-        bench.wait()
-        started = time.perf_counter()
-        for _ in range(count):
-            it.step()
-        bench.wait()
-        return (time.perf_counter() - started) / count
-
-    def published_image(it: Any) -> float:
-        bench.wait()
-        started = time.perf_counter()
-        it.sample()
-        bench.wait()
-        return (time.perf_counter() - started) / subject.drawn
-
-    # Memory first, one variant at a time; this warms up too. A variant that fails is left out.
-    chosen, memory = {}, {}
-    memory["step", "published"] = peak(bench, lambda: published_step(subject.published(), 3))
-    sampler = subject.published()
-    sampler.batch = subject.drawn
-    memory["image", "published"] = peak(bench, lambda: published_image(sampler))
-    for name, variant in variants(bench).items():
-        try:
-            memory["step", name] = peak(bench, lambda v=variant: step_once(v))
-            memory["image", name] = peak(bench, lambda v=variant: draw_once(v))
-            chosen[name] = variant
-        except Exception as error:  # noqa: BLE001  (out of memory, a graph that cannot be made)
-            what = f"{type(error).__name__}: {str(error)[:300]}"
-            bench.add(f"{shape}/step", variant=name, failed=what)
-            gc.collect()
-
-    trainer = subject.published()
     found: dict[str, dict[str, list[float]]] = {"step": {}, "image": {}}
-    rounds = bench.pick(5, 1)
-    for i in range(rounds):
-        if i > 0 and bench.left() < 0:
+    memory: dict[tuple[str, str], int | None] = {}
+    names = ["published", *chosen]
+    for i in range(bench.pick(5, 1)):
+        began = time.monotonic()
+        for name in list(names):
+            try:
+                if bench.left() < 0:
+                    raise TimeoutError("no time was left")
+                for what, once in {"step": step_once, "image": draw_once}.items():
+                    seconds, most = with_peak(bench, functools.partial(once, name))
+                    memory.setdefault((what, name), most)
+                    found[what].setdefault(name, []).append(seconds)
+            except Exception as error:  # out of memory, a graph that cannot be made
+                if i == 0:
+                    names.remove(name)
+                    found["step"].pop(name, None)
+                    what = f"{type(error).__name__}: {str(error)[:300]}"
+                    bench.add(f"{shape}/step", variant=name, failed=what)
+                gc.collect()
+        if bench.left() < time.monotonic() - began:
             break
-        found["step"].setdefault("published", []).append(published_step(trainer, steps))
-        found["image"].setdefault("published", []).append(published_image(sampler))
-        for name, variant in chosen.items():
-            found["step"].setdefault(name, []).append(step_once(variant))
-            found["image"].setdefault(name, []).append(draw_once(variant))
     report(bench, shape, subject, found, memory)
+
+
+def published_step(bench: Bench, subject: Subject, count: int) -> float:
+    """Return the seconds of one of `count` steps, after two that warm up."""
+    it = subject.published()
+    for _ in range(2):
+        it.step()
+    bench.wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        it.step()
+    bench.wait()
+    return (time.perf_counter() - started) / count
+
+
+def published_image(bench: Bench, subject: Subject) -> float:
+    """Return the seconds of an image, drawn by the batch that ours are drawn by."""
+    it = subject.published()
+    it.batch = subject.drawn
+    bench.wait()
+    started = time.perf_counter()
+    it.sample()
+    bench.wait()
+    return (time.perf_counter() - started) / subject.drawn
 
 
 def report(
@@ -749,8 +770,9 @@ def report(
         name: K * s + IMAGES * median["image"][name] for name, s in median["step"].items()
     }
     for what, sides in median.items():
+        published = sides.get("published")
         for name, seconds in sides.items():
-            facts: dict[str, Any] = {"ratio": round(sides["published"] / seconds, 2)}
+            facts: dict[str, Any] = {"ratio": published and round(published / seconds, 2)}
             if what == "coalition":
                 peaks = [memory["step", name], memory["image", name]]
                 facts |= {"derived": True, "k": K, "images": IMAGES}
@@ -773,7 +795,7 @@ def run_job(bench: Bench, models: int) -> None:
     drawn = bench.pick(256, 2)
     subject = Subject(bench, "cifar", *bench.pick((128, drawn, 50_000), (2, drawn, 32)))
     variant = Variant(models=models, own_conv="pruned_conv2d" not in bench.without)
-    steps, batches = bench.pick((100, 4), (2, 1))
+    steps, batches = bench.pick((60, 3), (2, 1))
 
     def ours() -> dict[str, float]:
         bench.wait()
@@ -788,29 +810,16 @@ def run_job(bench: Bench, models: int) -> None:
         return {"step": step / models, "image": image / models, "fixed": fixed / models}
 
     def published() -> dict[str, float]:
-        it = subject.published()
-        it.step()
-        bench.wait()
-        started = time.perf_counter()
-        count = bench.pick(15, 1)
-        for _ in range(count):
-            it.step()
-        bench.wait()
-        step = (time.perf_counter() - started) / count
-        it.batch = drawn
-        started = time.perf_counter()
-        it.sample()
-        bench.wait()
-        return {"step": step, "image": (time.perf_counter() - started) / drawn, "fixed": 0.0}
+        step = published_step(bench, subject, bench.pick(15, 1))
+        return {"step": step, "image": published_image(bench, subject), "fixed": 0.0}
 
     found: dict[str, list[dict[str, float]]] = {"published": [], "ours": []}
-    for i in range(bench.pick(6, 2)):  # the first warms up
-        if i > 1 and bench.left() < 0:
-            break
+    for _ in range(bench.pick(6, 1)):
+        began = time.monotonic()
         for name, side in {"published": published, "ours": ours}.items():
-            answer = side()
-            if i > 0:
-                found[name].append(answer)
+            found[name].append(side())
+        if bench.left() < time.monotonic() - began:
+            break
     median = {
         name: {what: statistics.median(a[what] for a in answers) for what in answers[0]}
         for name, answers in found.items()
@@ -839,6 +848,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="the file that gets the rows")
     parser.add_argument("--seconds", type=float, default=100, help="begin no round after these")
     parser.add_argument("--models", type=int, default=4, help="the job's cohort")
+    parser.add_argument("--op", default="norm_act", help="the op to check")
     parser.add_argument("--without", action="append", default=[], help="an op that is broken")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     arguments = parser.parse_args()
@@ -846,11 +856,13 @@ def main() -> None:
     until = time.monotonic() + arguments.seconds
     bench = Bench(device, arguments.rehearse, arguments.rows, until, tuple(arguments.without))
     torch.manual_seed(0)
+    if arguments.rehearse:
+        torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers deprecates parts of its own
         match arguments.part:
             case "check":
-                check(bench)
+                check(bench, arguments.op)
             case "ops":
                 run_ops(bench)
             case "pipeline":
