@@ -189,7 +189,7 @@ def seconds_of(job: str) -> dict[str, dict[str, Any]]:
 
 
 def _ways(job: str, at: int) -> str:
-    """v(S) itself against retraining, on the same coalitions, and seconds side by side."""
+    """v(S) itself against retraining, on the same coalitions, and CPU seconds side by side."""
     prop = result(f"validation-{job}")["properties"][at]
     rows, times = [], seconds_of(job)
     for f in prop["fidelity"]:
@@ -204,8 +204,19 @@ def _ways(job: str, at: int) -> str:
         cells = [label, f["ema"] or "–", with_interval(f["pearson"]), error or "–", bias or "–"]
         pace = [most(timed["seconds"]), f"{timed['of_retrain']:.1f}"] if timed else ["–", "–"]
         rows.append([*cells, *pace])
-    heads = ["way", "weights", "correlation with retraining", "error", "bias", "seconds"]
+    heads = ["way", "weights", "correlation with retraining", "error", "bias", "CPU seconds"]
     return table([*heads, "times faster than retraining"], rows)
+
+
+def rows_fashion() -> str:
+    """The fashion job's steps of about equal training seconds, and these."""
+    times, rows = seconds_of("fashion"), []
+    ways = ("sparsified finetune", "finetune", "lora")
+    for steps in ((25, 10, 8), (50, 20, 16), (100, 40, 32)):
+        labels = [f"{way}, {k} steps" for way, k in zip(ways, steps, strict=True)]
+        cells = zip(steps, labels, strict=True)
+        rows.append([f"{k} steps, {most(times[label]['model'])} s" for k, label in cells])
+    return table(["sparsified fine-tuning", "fine-tuning", "LoRA"], rows)
 
 
 def ways_digits() -> str:
