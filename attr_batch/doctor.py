@@ -38,7 +38,7 @@ def facts() -> dict[str, dict[str, Any]]:
     info = ops.build_info()
     native = {
         **{name: _served("cpu") for name in ("counter_normal", "solver_step", "norm_act")},
-        "conv3x3": f"{_served('cpu')}; where it pays, else oneDNN",
+        "conv3x3": f"{_served('cpu')}; where a native one pays, else oneDNN",
         **({"on cuda": _served("cuda"), "cohorts": _cohorts()} if torch.version.cuda else {}),
         "libraries": info["libraries"] or "none",
         **(info.get("build") or {"build": f"none: {info.get('why')}"}),

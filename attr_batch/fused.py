@@ -55,9 +55,11 @@ def stack(modules: Sequence[torch.nn.Module]) -> torch.nn.Module:
     cohort = copy.deepcopy(modules[0])
     for name, layer in cohort.named_modules():
         for key in list(layer._parameters):
-            if layer._parameters[key] is not None:
+            first = layer._parameters[key]
+            if first is not None:
                 each = [getattr(m.get_submodule(name), key).detach() for m in modules]
-                layer._parameters[key] = torch.nn.Parameter(torch.stack(each))
+                stacked = torch.nn.Parameter(torch.stack(each), first.requires_grad)
+                layer._parameters[key] = stacked
     return cohort
 
 
@@ -80,15 +82,20 @@ def cohort_size(module: Any) -> int:
 def supported(module: Any) -> bool:
     """Say whether the walk below is this module's forward pass, to the last detail."""
     import torch
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
-    if type(module).__name__ != "UNet2DModel" or module.class_embedding is not None:
+    kind: Any = type(module)
+    if kind is not UNet2DModel or module.class_embedding is not None:
         return False
     blocks = [*module.down_blocks, *module.up_blocks]
     blocks += [module.mid_block] if module.mid_block is not None else []
     plain = (torch.nn.Conv2d, torch.nn.Linear, torch.nn.GroupNorm)
     layers = [layer for layer in module.modules() if layer._parameters]
     changed = any(
-        layer._forward_hooks or layer._forward_pre_hooks or type(layer).__module__[:5] == "peft."
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in vars(layer)
+        or type(layer).__module__[:5] == "peft."
         for layer in module.modules()
     )
     return not changed and (
@@ -97,17 +104,27 @@ def supported(module: Any) -> bool:
         and all(_plain_resnet(resnet) for block in blocks for resnet in block.resnets)
         and all(_plain_sampler(s) for block in blocks for s in _samplers(block))
         and all(_plain_attention(a) for block in blocks for a in _attentions(block))
-        and all(layer.padding_mode == "zeros" and layer.groups == 1 for layer in _convs(module))
+        and all(_plain_conv(layer) for layer in _convs(module))
+        and all(layer.affine for layer in module.modules() if isinstance(layer, torch.nn.GroupNorm))
         and all(_is_silu(f) for f in (module.conv_act, module.time_embedding.act))
         and module.time_embedding.post_act is None
         and module.config.time_embedding_type == "positional"
     )
 
 
+def _plain_conv(conv: Any) -> bool:
+    square = all(
+        isinstance(pair, tuple) and pair[0] == pair[1] for pair in (conv.stride, conv.padding)
+    )
+    return square and conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+
+
 def _plain_resnet(resnet: Any) -> bool:
     return (
         type(resnet).__name__ == "ResnetBlock2D"
         and _is_silu(resnet.nonlinearity)
+        and _are(resnet, "norm1 norm2", "GroupNorm")
+        and _are(resnet, "conv1 conv2", "Conv2d")
         and resnet.time_embedding_norm in ("default", "scale_shift")
         and resnet.time_emb_proj is not None
         and not resnet.skip_time_act
@@ -125,12 +142,20 @@ def _plain_sampler(sampler: Any) -> bool:
 
 def _plain_attention(attention: Any) -> bool:
     return (
-        attention.spatial_norm is None
+        type(attention.processor).__name__ in ("AttnProcessor2_0", "AttnProcessor")
+        and _are(attention, "to_q to_k to_v", "Linear")
+        and type(attention.to_out[0]).__name__ == "Linear"
+        and attention.to_out[1].p == 0
+        and attention.spatial_norm is None
         and attention.norm_q is None
         and attention.norm_k is None
         and attention.residual_connection
         and not attention.norm_cross
     )
+
+
+def _are(block: Any, names: str, kind: str) -> bool:
+    return all(type(getattr(block, name)).__name__ == kind for name in names.split())
 
 
 def _is_silu(activation: Any) -> bool:
@@ -161,7 +186,8 @@ class Fused:
         import torch
         from torch.nn.functional import silu
 
-        del return_dict
+        if return_dict or t.shape != x.shape[:1]:
+            raise ValueError("wanted return_dict=False and a time for every row of x")
         net = self.module
         h = x.contiguous(memory_format=torch.channels_last)
         if net.config.center_input_sample:

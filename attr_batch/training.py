@@ -23,7 +23,7 @@ import numpy as np
 
 from attr_batch import log
 from attr_batch.errors import DataError, Interrupted, NumericsError
-from attr_batch.fused import fuse, to_bfloat16
+from attr_batch.fused import cohort_size, fuse, to_bfloat16
 from attr_batch.graphs import Replayed
 from attr_batch.models import NoiseSchedule, Training, read_safetensors, write_safetensors
 from attr_batch.recipe import derive_seed, digest
@@ -220,6 +220,9 @@ def train(
         capturable=on_gpu,
     )
     parts = [images] if isinstance(images, np.ndarray) else list(images)
+    if len(parts) != cohort_size(model) or not all(map(len, parts)):
+        counts = ", ".join(str(len(part)) for part in parts)
+        raise ValueError(f"{cohort_size(model)} models, and arrays of {counts} images for them")
     data = [torch.tensor(part, device=device) for part in parts]  # copies: may be read-only views
     slots = torch.arange(training.batch, device=device).repeat(len(parts))
     noise_seed = derive_seed("noise", seed)

@@ -7,12 +7,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Return each side's seconds, the sides taking turns; a first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
@@ -24,7 +24,7 @@ def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return seconds
 
 
-def medians(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def medians(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return each side's median seconds, the sides taking turns."""
     return {name: statistics.median(s) for name, s in interleaved(sides, rounds).items()}
 

@@ -31,6 +31,7 @@ from measure import envelope, medians, significant
 from torch.nn import functional
 
 from attr_batch import ops
+from attr_batch.ops.winograd import pays
 
 STEPS = 20
 SHAPES = [(512, 1, 8, 8), (64, 3, 32, 32)]
@@ -45,6 +46,11 @@ SOLVERS: dict[str, tuple[Any, dict[str, float]]] = {  # scheduler, options of it
 NORM_SHAPES = [(64, 0, 32), (128, 0, 16), (128, 0, 8), (128, 0, 4), (32, 0, 32), (64, 32, 32)]
 NORM_BATCHES = [8, 64]
 GROUPS = 8
+CONV_SHAPES = [  # batch, inputs, outputs, side
+    *((8, 64, 64, 32), (8, 128, 128, 16), (8, 256, 128, 16), (8, 128, 128, 8), (8, 128, 128, 4)),
+    *((2, 128, 128, 8), (64, 128, 128, 4), (8, 32, 32, 32), (8, 48, 16, 32), (8, 16, 16, 32)),
+    *((64, 24, 24, 8), (64, 12, 12, 8), (8, 3, 64, 32), (8, 64, 3, 32)),
+]
 
 Trajectory = Callable[[], object]
 
@@ -163,6 +169,29 @@ def measure_norm(rounds: int, compiled: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_conv(rounds: int) -> list[dict[str, Any]]:
+    """Winograd's 3x3 convolution beside oneDNN's, whether or not a job would ask for it."""
+    rows = []
+    for batch, inputs, outputs, side in CONV_SHAPES:
+        x = torch.randn(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
+        sides: dict[str, Callable[..., torch.Tensor]] = {
+            "op": lambda x, w: ops.conv3x3(x, w[None]),
+            "onednn": lambda x, w: functional.conv2d(x, w, padding=1),
+        }
+        name = f"conv3x3 {inputs} to {outputs}, {batch}x{side}x{side}"
+        facts = {"used": pays(x, weight[None])}
+        with torch.inference_mode():
+            runs = {k: partial(f, x, weight) for k, f in sides.items()}
+            found = norm_row(f"{name} forward", tuple(x.shape), medians(runs, rounds))
+            rows.append({**found, **facts})
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        grad = torch.randn(batch, outputs, side, side).contiguous(memory_format=torch.channels_last)
+        runs = {k: partial(forward_backward, f, leaves, grad) for k, f in sides.items()}
+        rows.append({**norm_row(f"{name} both", tuple(x.shape), medians(runs, rounds)), **facts})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time our ops")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -173,13 +202,16 @@ def main() -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # diffusers makes numpy of tensors
         rows = measure(5 if arguments.quick else 51)
+    rows += measure_conv(5 if arguments.quick else 51)
     rows += measure_norm(5 if arguments.quick else 51, compiled=not arguments.quick)
     found = envelope(rows, ops=ops.backend(), threads=1)
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
     for r in rows:
-        figures = "  ".join(f"{k} {v:g}" for k, v in r.items() if k not in {"name", "shape"})
+        figures = "  ".join(
+            f"{k} {v:g}" for k, v in r.items() if k not in {"name", "shape", "used"}
+        )
         print(f"{r['name']:40} {figures}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -286,13 +287,34 @@ def levers() -> str:
     rows = []
     for row in result("levers")["rows"]:
         prop, _, lever = row["name"].partition(": ")
-        if prop == "classifier_inception_score" or lever == "ddim 100":
+        if lever == "ddim 100":
             continue
         shift = f"{row['shift']:.2g} ± {row['shift_se']:.1g}".replace("-", "−")
         shares = [row["sd_of_difference"] / row["spread"], row["moved"]]
         rows.append([prop, lever, shift, *(short(x) for x in (*shares, row["rank"]))])
     heads = ["property", "lever", "shift", "sd of shift / spread", "largest move / half-width"]
     return table([*heads, "rank correlation"], rows)
+
+
+def convolutions() -> str:
+    """Winograd's convolutions beside oneDNN's."""
+    rows = defaultdict(list)
+    for row in result("ops")["rows"]:
+        if row["name"].startswith("conv3x3"):
+            name, _, _ = row["name"].removeprefix("conv3x3 ").rpartition(" ")
+            rows[name, "yes" if row["used"] else "no"].append(f"{row['ratio_onednn']:.2f}x")
+    body = [[name, *ratios, used] for (name, used), ratios in rows.items()]
+    return table(["channels, batch x side", "forward", "forward and backward", "used"], body)
+
+
+def norms() -> str:
+    """norm_act beside eager PyTorch and inductor: each shape's ratios."""
+    rows = []
+    for row in result("ops")["rows"]:
+        if row["name"].startswith("norm_act"):
+            name = row["name"].removeprefix("norm_act ").replace("both", "forward and backward")
+            rows.append([name, f"{row['ratio_eager']:.2f}x", f"{row['ratio_inductor']:.2f}x"])
+    return table(["type, batch x channels x side x side", "eager", "inductor"], rows)
 
 
 def pages() -> list[Path]:

@@ -241,3 +241,11 @@ def test_which_convolutions_are_ours(monkeypatch):
     assert not winograd.pays(x.bfloat16(), weight)
     monkeypatch.setattr(winograd, "backend", lambda _: "reference")
     assert not winograd.pays(x, weight)
+
+
+def test_second_derivatives_are_refused():
+    x = draw((2, 8, 4, 4), 0).requires_grad_()
+    weight = draw((8, 8, 3, 3), 1, "contiguous")[None].requires_grad_()
+    (first,) = torch.autograd.grad(ops.conv3x3(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

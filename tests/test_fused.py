@@ -164,3 +164,51 @@ def test_bfloat16_is_a_copy():
         want = module(x.float(), t, return_dict=False)[0]
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+def test_a_cohort_keeps_what_is_frozen():
+    each = modules("plain", 2)
+    for module in each:
+        module.conv_in.requires_grad_(False)
+    cohort = fused.stack(each)
+    assert {n for n, p in cohort.named_parameters() if not p.requires_grad} == {
+        "conv_in.weight",
+        "conv_in.bias",
+    }
+
+
+def _own_processor(module):
+    module.mid_block.attentions[0].set_processor(type("Mine", (), {"__call__": None})())
+
+
+def _own_forward(module):
+    module.down_blocks[0].resnets[0].forward = lambda x, *_: x
+
+
+def _no_norm(module):
+    module.up_blocks[0].resnets[0].norm1 = torch.nn.Identity()
+
+
+def _dilated(module):
+    module.conv_out.dilation = (2, 2)
+
+
+def _same_padding(module):
+    module.conv_in.padding = "same"
+
+
+@pytest.mark.parametrize(
+    "change", [_own_processor, _own_forward, _no_norm, _dilated, _same_padding]
+)
+def test_what_was_changed_is_left_alone(change):
+    (module,) = modules("attention")
+    assert fused.supported(module)
+    change(module)
+    assert not fused.supported(module)
+
+
+def test_every_row_has_its_time():
+    (module,) = modules("plain")
+    x, t = arguments()
+    with pytest.raises(ValueError, match="a time for every row"):
+        fused.fuse(module)(x, t[:1])

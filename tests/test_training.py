@@ -362,3 +362,10 @@ def test_a_cohort_resumes_with_the_same_bits(tmp_path):
     with pytest.raises(Interrupted):
         bits(checkpoint=file, upkeep=stop_at(4))
     assert bits(checkpoint=file) == bits()
+
+
+@pytest.mark.parametrize("parts", [[IMAGES], [IMAGES] * 3, [IMAGES, IMAGES[:0]], IMAGES])
+def test_a_cohort_wants_images_for_each_model(parts):
+    cohort = stack([TINY.build(1, 4, seed) for seed in range(2)])
+    with pytest.raises(ValueError, match="2 models, and arrays of"):
+        train(cohort, parts, SCHEDULE, SHORT, seed=3)

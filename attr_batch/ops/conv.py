@@ -139,6 +139,10 @@ def _check(
         weight.shape[0] > 0 and x.shape[0] % weight.shape[0] == 0,
         lambda: "the batch must hold as many of every model",
     )
+    torch._check(
+        residual is None or residual.shape[:2] == (x.shape[0], weight.shape[1]),
+        lambda: "residual must have the result's shape",
+    )
     others = [t for t in (skip, weight, bias, residual) if t is not None]
     torch._check(
         all(t.dtype == x.dtype and t.device == x.device for t in others),

@@ -152,7 +152,8 @@ def _function(name: str) -> Any:
             return output
 
         @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
             assert op.backward is not None  # noqa: S101
             return op.backward(ctx, *grads)
 
