@@ -397,7 +397,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print(title)
         for name, value in section.items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"  {name:<18}{text}")
+            print(f"  {name:<21}{text}")
 
 
 def _schema(_: argparse.Namespace) -> None:

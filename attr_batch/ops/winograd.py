@@ -26,8 +26,9 @@ def conv3x3(
     """Return conv2d(x, weight, padding 1) + bias + residual, float32 (B, O, H, W), channels_last.
 
     `x` (B, I, H, W), `weight` (K, O, I, 3, 3), `bias` (K, O), `residual` (B, O, H, W), all float32:
-    rows kB/K to (k+1)B/K - 1 use the k-th model's. The same bits under any split of the batch. Has
-    first derivatives in all tensors.
+    rows kB/K to (k+1)B/K - 1 use the k-th model's. The same bits under any split of the batch. What
+    is not finite spoils all of the 4x4 tiles that it touches, in its own sample alone. Has first
+    derivatives in all tensors.
     """
     return call("conv3x3", x, weight, bias, residual)
 
