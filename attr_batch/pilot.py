@@ -98,7 +98,7 @@ def _advise(
     differences = np.array([blocks[i] - blocks[j] for i, j in pairs])
     b = float(np.mean(differences.var(axis=1, ddof=1))) / 2 * (images / BLOCKS)
     alone = float(np.mean(blocks.var(axis=1, ddof=1))) * (images / BLOCKS)
-    spread = values[:, 0, 0] - values[:, 1, 0]
+    spread = whole - values[:, 1, 0]
     both = float(np.mean(spread**2)) / 2
     a = max(both - b / images, both / 10)  # what is left is training; six differences know no more
     best = math.sqrt(b * t / (a * u)) if a > 0 and u > 0 else float(images)

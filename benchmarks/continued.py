@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import games  # noqa: E402
+from measure import commit  # noqa: E402
 
 from attr_batch.coalition import Coalition  # noqa: E402
 from attr_batch.estimators import Observation, PairedLS  # noqa: E402
@@ -109,12 +109,9 @@ def main() -> None:
         for family in (games.log_total, games.synergy, games.class_entropy)
         for design in ("new", "in front", "exchanged")
     ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     if arguments.json:
         # torch is not used
-        found = {"machine": platform.machine(), "torch": None, "commit": commit, "runs": runs}
+        found = {"machine": platform.machine(), "torch": None, "commit": commit(), "runs": runs}
         lines = ",\n".join(json.dumps(each) for each in rows)
         print(f'{json.dumps(found)[:-1]}, "rows": [\n{lines}\n]}}')
         return

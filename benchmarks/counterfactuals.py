@@ -28,7 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from estimators import commit, machine  # noqa: E402
+from estimators import machine  # noqa: E402
+from measure import commit  # noqa: E402
 
 from attr_batch.counterfactual import load_base, prepare_dense, prepare_pruned  # noqa: E402
 from attr_batch.job import Job  # noqa: E402

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from measure import commit, machine
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -85,34 +86,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", metavar="STORE", help="a new store that is to stay")
     given = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     print(
         json.dumps(
             {
                 "benchmark": "demo",
                 "quick": given.quick,
-                "machine": processor(),
+                "machine": machine(),
                 "torch": version("torch"),
-                "commit": commit,
+                "commit": commit(),
                 "rows": [measure(given.quick, given.keep)],
             },
             indent=1,
         )
     )
-
-
-def processor() -> str:
-    """Return the processor's name and the number of cores."""
-    import os
-
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

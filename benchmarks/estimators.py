@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import games  # noqa: E402
+from measure import commit  # noqa: E402
 
 from attr_batch.errors import SpecError  # noqa: E402
 from attr_batch.estimators import (  # noqa: E402
@@ -265,12 +265,6 @@ def machine():
         names = [x.split(":", 1)[1] for x in info.read_text().splitlines() if "model name" in x]
         model = names[0].strip() if names else model
     return {"cpu": model, "python": platform.python_version(), "numpy": np.__version__}
-
-
-def commit():
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
 
 
 def main():

@@ -50,7 +50,7 @@ SHAPES = {
     ),
 }
 SCHEDULE = NoiseSchedule(prediction="epsilon", beta_schedule="linear")
-SOLVERS = {"ours": Sampling(steps=12, images=BATCH, batch=BATCH)}
+SAMPLING = Sampling(steps=12, images=BATCH, batch=BATCH)
 ESTIMATORS = Path(__file__).parent / "results" / "estimators.json"
 
 
@@ -147,8 +147,7 @@ def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
     step = {side: statistics.median(s) for side, s in steps.items()}
 
     # An image.
-    (sampling,) = SOLVERS.values()
-    sides = {"published": published.sample, "ours": lambda: ours.sample(sampling)}
+    sides = {"published": published.sample, "ours": lambda: ours.sample(SAMPLING)}
     image = {side: statistics.median(s) / BATCH for side, s in interleaved(sides, rounds).items()}
 
     # A forward pass, beside what inductor makes of diffusers' modules.
@@ -222,9 +221,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers deprecates parts of its own
         rows = [r for name in names for r in measure(name, SHAPES[name], 5)]
-    found = envelope(
-        rows, ops=ops.backend(), threads=1, batch=BATCH, solver=SOLVERS["ours"].recipe()
-    )
+    found = envelope(rows, ops=ops.backend(), threads=1, batch=BATCH, solver=SAMPLING.recipe())
     if arguments.json:
         print(json.dumps(found, indent=1))
         return

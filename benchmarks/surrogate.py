@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import games  # noqa: E402
-from estimators import commit, machine, observe, rounded  # noqa: E402
+from estimators import machine, observe, rounded  # noqa: E402
+from measure import commit  # noqa: E402
 
 from attr_batch.estimators import Ridge, Surrogate  # noqa: E402
 from attr_batch.estimators.regression import LS_COLUMNS, orthonormal, size_columns  # noqa: E402
