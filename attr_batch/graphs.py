@@ -10,10 +10,38 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 WARM_UP = 3  # calls before the capture: libraries choose algorithms, the optimizer makes its state
+
+
+def beside(function: Callable[[], Any]) -> Any:
+    """Call on a stream of its own, as a capture does, so that no state belongs to another."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def captured(function: Callable[[], Any], warm_up: int = WARM_UP) -> Callable[[], Any]:
+    """Return what replays `function` as a CUDA graph; its result is the same memory each time."""
+    import torch
+
+    for _ in range(warm_up):
+        beside(function)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class Replayed:
@@ -30,42 +58,21 @@ class Replayed:
         self._captures = device.startswith("cuda")
         self._calls = 0
         self._inputs: list[Tensor] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Any = None
+        self._replay: Callable[[], Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Return `function(*inputs)`."""
         if not self._captures:
             return self._function(*inputs)
-        if self._graph is None and self._calls < WARM_UP:
+        if self._replay is None and self._calls < WARM_UP:
             self._calls += 1
-            return self._beside(*inputs)
-        if self._graph is None:
-            self._capture(*inputs)
+            return beside(lambda: self._function(*inputs))
+        if self._replay is None:
+            self._inputs = [t.clone() for t in inputs]
+            self._replay = captured(lambda: self._function(*self._inputs), warm_up=0)
         if any(a.shape != b.shape for a, b in zip(inputs, self._inputs, strict=True)):
             return self._function(*inputs)
         import torch
 
         torch._foreach_copy_(self._inputs, list(inputs))  # pyright: ignore
-        assert self._graph is not None  # noqa: S101
-        self._graph.replay()
-        return self._result
-
-    def _beside(self, *inputs: Tensor) -> Any:
-        """Call on a stream of its own, as a capture is, so that no state belongs to another."""
-        import torch
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = self._function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        return result
-
-    def _capture(self, *inputs: Tensor) -> None:
-        import torch
-
-        self._inputs = [t.clone() for t in inputs]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = self._function(*self._inputs)
+        return self._replay()

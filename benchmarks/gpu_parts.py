@@ -34,7 +34,7 @@ import torch
 from measure import significant
 from torch.nn.functional import conv2d, group_norm, silu
 
-from attr_batch import ops
+from attr_batch import graphs, ops
 from attr_batch.ops import conv as conv_module
 
 ROUNDS = 7
@@ -105,21 +105,7 @@ def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
     """Return what replays `run` as a CUDA graph: what is compared is kernels, not Python."""
     if bench.device == "cpu":
         return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()  # alive: each set's results have memory of their own
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
+    return graphs.captured(run)  # each set's results have memory of their own
 
 
 def compare(

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from attr_batch import ops
+from attr_batch import graphs, ops
 
 DEVICE = os.environ.get("ATTR_BATCH_TEST_DEVICE", "cuda")
 CUDA = DEVICE.startswith("cuda")
@@ -70,20 +70,4 @@ def assert_close(got, want, relative):
 
 def captured(function):
     """Return what replays `function` as a CUDA graph; on a CPU, the function."""
-    if not CUDA:
-        return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+    return graphs.captured(function) if CUDA else function
