@@ -19,6 +19,7 @@ UNETS = {
     ),
     "dropout": dict(block_out_channels=(8, 16), dropout=0.3),
 }
+SMALL = dict(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 CONFIGS = {
     "scale_shift": dict(resnet_time_scale_shift="scale_shift"),
     "no padding": dict(downsample_padding=0),
@@ -34,12 +35,9 @@ def modules(name, count=1):
         found = [unet.build(3, 8, seed) for seed in range(count)]
     else:
         config = dict(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
+            **SMALL,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
             attention_head_dim=8,
         )
         found = []
@@ -141,14 +139,10 @@ def test_what_is_not_plain_is_left_alone():
         dict(downsample_type="resnet", down_block_types=("AttnDownBlock2D", "DownBlock2D")),
     ):
         blocks = dict(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
         )
-        other = UNet2DModel(**{**blocks, **config})
+        other = UNet2DModel(**{**SMALL, **blocks, **config})
         assert fused.fuse(other) is other, config
 
 
