@@ -231,7 +231,7 @@ def _validate(arguments: argparse.Namespace) -> None:
         _print_json(found)
     else:
         print(table(found))
-        print(f"report: {job.ledger.store.path(f'{job.report_name}/validation.html')}")
+        print(f"report: {job.ledger.store.place(f'{job.report_name}/validation.html')}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

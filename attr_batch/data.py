@@ -24,6 +24,7 @@ import struct
 import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
 from attr_batch import log
+from attr_batch.bucket import fetch, is_url, stamps
 from attr_batch.coalition import Coalition, Contributor, Roster
 from attr_batch.errors import DataError, Problem
 from attr_batch.recipe import RECIPE_VERSION, UNHASHED, Part, digest
@@ -43,6 +45,8 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"  # the column's name in the Hugging Face layout
 MAX_PIXELS = 80_000_000  # an image beyond it is taken for a decompression bomb
 MAX_PROBLEMS = 100  # a message of 10,000 missing files helps nobody
+MAX_NAME = 200  # characters of an id or a label
+MAX_TABLE = 1 << 28  # bytes of the metadata: a million rows
 
 # What Pillow raises on broken files: 60,000 damaged ones gave the first three (yes, SyntaxError),
 # the others may escape from its parsers.
@@ -58,8 +62,8 @@ def _number_as_text(value: Any) -> Any:
 Name = Annotated[
     str,
     BeforeValidator(_number_as_text),
-    Field(min_length=1, max_length=200),
-    WithJsonSchema({"type": ["string", "integer"], "minLength": 1, "maxLength": 200}),
+    Field(min_length=1, max_length=MAX_NAME),
+    WithJsonSchema({"type": ["string", "integer"], "minLength": 1, "maxLength": MAX_NAME}),
 ]
 
 
@@ -169,9 +173,9 @@ class _Chosen(Part):
     @field_validator("contributors")
     @classmethod
     def _distinct(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        twice = sorted({name for name in names or () if (names or ()).count(name) > 1})
+        twice = sorted(name for name, times in Counter(names or ()).items() if times > 1)
         if twice:
-            raise ValueError(f"{', '.join(twice)} stands twice")
+            raise ValueError(f"{', '.join(twice[:10])} stands twice")
         return names
 
     def _unknown(self, ids: set[str]) -> list[Problem]:
@@ -226,7 +230,7 @@ class ImageFolder(_Chosen):
 
     kind: Literal["image_folder"]
     path: Annotated[str, UNHASHED] = Field(
-        min_length=1, description="Folder, relative to the YAML."
+        min_length=1, description="Folder, relative to the YAML, or its URL (s3://bucket/prefix)."
     )
     contributor: str = Field(min_length=1, description="Column that names the contributor.")
     label: str | None = Field(
@@ -248,10 +252,13 @@ class ImageFolder(_Chosen):
         It moves when the metadata, the size or a time of a file they list, or the decoder changes.
         DataError where the folder or its metadata file is missing or not UTF-8.
         """
+        version = importlib.metadata.version("pillow")
+        if is_url(self.path):
+            return digest([RECIPE_VERSION, self.recipe(), version, self.path, stamps(self.path)])
         table = _metadata_file(self.path)
         rows, _, _ = _read_table(table)
-        listed = [_stamp(table.parent / str(cells.get(FILE_NAME))) for _, cells in rows]
-        version = importlib.metadata.version("pillow")
+        names = [str(n) if isinstance(n := cells.get(FILE_NAME), str) else "" for _, cells in rows]
+        listed = [None if _leads_out(name) else _stamp(table.parent / name) for name in names]
         content = digest(table.read_bytes())
         where = str(table.absolute())
         return digest([RECIPE_VERSION, self.recipe(), version, where, content, listed])
@@ -378,9 +385,17 @@ def existing_folder(path: str, key: str, hint: str) -> Path:
 
 
 def _metadata_file(path: str) -> Path:
-    folder = existing_folder(path, "data.path", "it is taken relative to the YAML's folder")
+    if is_url(path):
+        folder = fetch(path)
+    else:
+        folder = existing_folder(path, "data.path", "it is taken relative to the YAML's folder")
     found = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(found) == 1:
+        if not found[0].resolve().is_relative_to(folder.resolve()):
+            what = f"{found[0].name} is a link that leads out of the folder"
+            raise DataError(what, str(folder), "copy the file itself")
+        if found[0].stat().st_size > MAX_TABLE:
+            raise DataError(f"more than {MAX_TABLE:,} bytes", str(found[0]), "is it the metadata?")
         return found[0]
     if found:
         raise DataError("holds both metadata.csv and metadata.jsonl", str(folder), "remove one")
@@ -423,7 +438,7 @@ def _read_csv(
         problems.append(Problem(f"not valid CSV: {error}", f"{table}:{reader.line_num}", hint))
     problems += [
         Problem(f"column {name!r} stands twice", f"{table}:1", "remove one of the two")
-        for name in sorted({name for name in header if header.count(name) > 1})
+        for name in sorted(name for name, times in Counter(header).items() if times > 1)
     ]
     return rows, header, problems
 
@@ -446,7 +461,7 @@ def _read_jsonl(
             rows.append((line, cells))
         else:
             problems.append(Problem("not a JSON object", f"{table}:{line}", hint))
-    columns = sorted({name for _, cells in rows for name in cells})
+    columns = sorted({name[:MAX_NAME] for _, cells in rows for name in cells})
     return rows, columns, problems
 
 
@@ -457,32 +472,46 @@ def _cell(cells: dict[str, Any], column: str, where: str) -> str | Problem:
     if value is None or (isinstance(value, str) and not value.strip()):
         return Problem(f"{column} is empty", where, "every image needs one")
     if not isinstance(value, str):
-        shown = json.dumps(value)[:60]
+        try:
+            shown = json.dumps(value)[:60]
+        except RecursionError:
+            shown = "a deep nest"
         return Problem(f"{column} is {shown}, wanted text", where, "put it in quotes")
     if re.search(r"[\ud800-\udfff]", value):
         what = f"{column} is {ascii(value)[:60]}, which is not Unicode text"
         return Problem(what, where, "half a surrogate pair: write the character itself in UTF-8")
-    return value if column == FILE_NAME else unicodedata.normalize("NFC", value.strip())
+    if column == FILE_NAME:
+        return value
+    text = unicodedata.normalize("NFC", value.strip())
+    if len(text) > MAX_NAME:
+        what = f"{column} has {len(text)} characters, at most {MAX_NAME} are allowed"
+        return Problem(what, where, f"is {column!r} the right column?")
+    return text
+
+
+def _leads_out(name: str) -> bool:
+    """Return whether a file's name alone leads out of the folder it is relative to."""
+    pure = PurePosixPath(name)
+    return pure.is_absolute() or ".." in pure.parts
 
 
 def _wrong_path(root: Path, name: str, where: str) -> Problem | None:
-    pure = PurePosixPath(name)
     inside = f"paths are relative to {root.name}/ and stay inside it"
     if "\\" in name or "\0" in name:
         return Problem(f"bad file name {name!r}", where, "write paths with forward slashes")
-    if pure.is_absolute() or ".." in pure.parts:
+    if _leads_out(name):
         return Problem(f"{name} leads out of the folder", where, inside)
     path = root / name
     try:
         if not path.is_file():
             hint = f"{name} is not in {root}" + (": it is a folder" if path.is_dir() else "")
             return Problem("file is missing", f"{where}: {name}", hint)
-        leads_out = not path.resolve().is_relative_to(root.resolve())
+        linked_out = not path.resolve().is_relative_to(root.resolve())
     except OSError as error:  # a name too long, a folder that may not be read
         return Problem(f"{name[:60]} cannot be read ({error.strerror})", where, inside)
     return (
         Problem(f"{name} is a link that leads out of the folder", where, inside)
-        if leads_out
+        if linked_out
         else None
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from attr_batch.errors import DataError
 from attr_batch.estimators import Attribution, Observation
 from attr_batch.job import Evaluation, Job, Subject, distinct
+from attr_batch.ledger import DERIVATION
 from attr_batch.properties import Property
 
 PHASES: tuple[str, ...] = (
@@ -73,9 +74,9 @@ class Facts:
     def refresh(self) -> None:
         """Read what has been published since the last time, as far as it counts."""
         self.rows = []
-        prepared = all(self.job.ledger.thing(*thing) for thing in self.job.things)
+        prepared = all(self.job.ledger.has_thing(*thing) for thing in self.job.things)
         for count, batch in enumerate(self._batches, 1):
-            self.rows += map(self._read, batch)
+            self.rows += self._read(batch)
             if self._target is None:
                 continue
             whole = prepared and self._whole_but_for_failures()
@@ -84,18 +85,32 @@ class Facts:
             if not whole or self.stopping.reached:
                 return
 
-    def _read(self, planned: Evaluation) -> tuple[Evaluation, Evaluation]:
+    def _read(self, batch: Sequence[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
+        """Read what is new of a batch; return each evaluation with what stands in for it."""
         job, ledger = self.job, self.job.ledger
-        run = planned if self._whole(planned) else job.settled(planned)
-        if not self._whole(run):
+        files = job.survey(e for e in batch if not self._whole(e))
+        rows = [(e, e if self._whole(e) else job.settled(e, files)) for e in batch]
+        wanted: dict[str, tuple[str, Property | None]] = {}  # by file name
+        for _, run in rows:
+            if self._whole(run):
+                continue
+            there = files(run.key)
             for prop in job.spec.properties:
-                fact = ledger.value(run.key, prop.name, job.property_digest(prop))
-                if fact is not None:
-                    self.values[run.key, prop.name] = fact
-            derivation = ledger.fact(ledger.derivation_name(run.key))
-            if derivation is not None:
-                self.derivations[run.key] = derivation
-        return planned, run
+                if job.value_file(prop) in there and (run.key, prop.name) not in self.values:
+                    name = ledger.value_name(run.key, prop.name, job.property_digest(prop))
+                    wanted[name] = run.key, prop
+            if DERIVATION in there and run.key not in self.derivations:
+                wanted[ledger.derivation_name(run.key)] = run.key, None
+        for name, fact in ledger.facts(wanted).items():
+            key, prop = wanted[name]
+            if fact is None:  # gone since: no fact goes but by `repair` or `gc`
+                continue
+            if prop is None:
+                self.derivations[key] = ledger.owned(name, fact, key=key)
+            else:
+                owner = {"key": key, "property_digest": job.property_digest(prop)}
+                self.values[key, prop.name] = ledger.owned(name, fact, **owner)
+        return rows
 
     def _whole(self, run: Evaluation) -> bool:
         return run.key in self.derivations and self._measured(run)
@@ -108,9 +123,9 @@ class Facts:
     def _whole_but_for_failures(self) -> bool:
         """Return whether nothing is missing but what failed, and no more than may."""
         missing = self.missing()
-        return len(missing) <= self.job.spec.estimator.max_failed and all(
-            self.job.ledger.failure(e.key) is not None for e in missing
-        )
+        if len(missing) > self.job.spec.estimator.max_failed:
+            return False
+        return not missing or self.job.ledger.failed().issuperset(e.key for e in missing)
 
     def _half_width(self, count: int) -> float | None:
         """Return the headline's mean half-width after `count` batches, None if not reliable."""
@@ -180,7 +195,7 @@ class Facts:
         job = self.job
         spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         for (family, thing_id), phase in zip(job.things, job.thing_phases, strict=True):
-            if job.ledger.thing(family, thing_id) is not None:
+            if job.ledger.has_thing(family, thing_id):
                 manifest = job.ledger.fact(f"{family}/{thing_id}/manifest.json") or {}
                 spent[phase] += manifest.get("seconds", 0.0)
         for fact in self.derivations.values():

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from attr_batch.estimators import Entry, Role, Surrogate
 from attr_batch.estimators.continued import continued
 from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.instruments import LabelClassifier
-from attr_batch.ledger import Ledger, seal
+from attr_batch.ledger import DIVERGED, Files, Ledger, seal, value_file
 from attr_batch.predecessor import Predecessor, find
 from attr_batch.properties import Call, Instrument, Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, derive_seed, digest
@@ -170,9 +170,7 @@ class Job:
 
         Raises all problems at once, as the error of the first.
         """
-        root = self.ledger.store.root
-        if root.exists() and not root.is_dir():
-            raise SpecError(f"{root} is no folder", "store", "name a folder; it need not exist")
+        self.ledger.store.check()
         images = sum(c.images for c in self.card.roster.contributors)
         checks = [
             self._check_roster,
@@ -228,7 +226,7 @@ class Job:
     def _check_base(self) -> None:
         if self.spec.model.base is None:
             return
-        if self.ledger.thing("bases", self.dense_id) is None:
+        if not self.ledger.has_thing("bases", self.dense_id):
             hint = "`attr-batch status` of the job that trained it prints the id"
             raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
         made = self.ledger.fact(f"bases/{self.dense_id}/manifest.json") or {}
@@ -337,7 +335,7 @@ class Job:
         if prop.name in self._surrogates or isinstance(prop, Call):
             return self._surrogates.get(prop.name)
         thing_id = digest(self.statistics_inputs(prop))
-        if thing_id not in self.statistics or self.ledger.thing("properties", thing_id) is None:
+        if thing_id not in self.statistics or not self.ledger.has_thing("properties", thing_id):
             return None
         folder, _ = self.ledger.verified_thing("properties", thing_id)
         body = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
@@ -508,10 +506,14 @@ class Job:
         recipe = self.run_recipe(entry.coalition, entry.replicate, subject, study)
         return Evaluation(entry, subject, study, recipe)
 
-    def settled(self, evaluation: Evaluation) -> Evaluation:
-        """Return the evaluation that stands in for `evaluation` where it diverges each time."""
+    def settled(self, evaluation: Evaluation, files: Files | None = None) -> Evaluation:
+        """Return the evaluation that stands in for `evaluation` where it diverges each time.
+
+        `files` is what a `survey` of the ledger found; without, the ledger is asked now.
+        """
+        files = files or self.ledger.run_files
         for attempt in range(1, GIVE_UP_AFTER + 1):
-            if not self.ledger.store.exists(self.ledger.diverged_name(evaluation.key)):
+            if DIVERGED not in files(evaluation.key):
                 break
             evaluation = self.substitute(evaluation, attempt)
         return evaluation
@@ -524,17 +526,25 @@ class Job:
         entry = replace(evaluation.entry, replicate=replicate)
         return self._evaluation(entry, evaluation.subject, evaluation.study)
 
-    def missing_properties(self, evaluation: Evaluation) -> list[Property]:
-        """Return the properties without a value for this evaluation."""
-        return [
-            prop
-            for prop in self.spec.properties
-            if not self.ledger.has_value(evaluation.key, prop.name, self.property_digest(prop))
-        ]
+    def missing_properties(
+        self, evaluation: Evaluation, files: Files | None = None
+    ) -> list[Property]:
+        """Return the properties without a value for this evaluation (their digests are unread)."""
+        there = (files or self.ledger.run_files)(evaluation.key)
+        return [prop for prop in self.spec.properties if self.value_file(prop) not in there]
 
-    def done(self, evaluation: Evaluation) -> bool:
+    def value_file(self, prop: Property) -> str:
+        """Return the name of a property's value among a run's files."""
+        return value_file(prop.name, self.property_digest(prop))
+
+    def survey(self, evaluations: Iterable[Evaluation]) -> Files:
+        """Return what is published of these evaluations now, for `done`, `settled` and others."""
+        return self.ledger.survey(e.key for e in evaluations)
+
+    def done(self, evaluation: Evaluation, files: Files | None = None) -> bool:
         """Return whether every property of the evaluation has its value."""
-        return not self.missing_properties(self.settled(evaluation))
+        files = files or cache(self.ledger.run_files)  # one look for the two questions
+        return not self.missing_properties(self.settled(evaluation, files), files)
 
     # -- what is written down ---------------------------------------------------------------------
 
@@ -572,8 +582,12 @@ class Job:
         """Digest of the resolved spec."""
         return digest(self.content)
 
-    def write_down(self) -> None:
-        """Publish the resolved spec and all there is to evaluate, before any work."""
+    def write_down(self, compare: bool = True) -> None:
+        """Publish the resolved spec and all there is to evaluate, before any work.
+
+        `compare`: if the plan is there, check that it is the same. Its name holds its digest, so
+        one shard that does so is enough; a plan may have megabytes.
+        """
         self.ledger.mark()
         fact = {"name": self.spec.name, "content": self.content}
         self.ledger.publish_fact(self.ledger.spec_name(self.spec_digest), fact)
@@ -585,7 +599,9 @@ class Job:
         }
         lines = [head, *(_plan_line(e) for e in self.work)]
         content = b"".join(canonical(line) + b"\n" for line in lines)
-        self.ledger.publish_same(self.ledger.plan_name(self.spec_digest, content), content)
+        name = self.ledger.plan_name(self.spec_digest, content)
+        if compare or not self.ledger.store.exists(name):
+            self.ledger.publish_same(name, content)
 
     @property
     def report_name(self) -> str:

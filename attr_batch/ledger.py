@@ -1,4 +1,4 @@
-"""The ledger: one folder of immutable facts, each named by what it depends on.
+"""The ledger: a store of immutable facts, each named by what it depends on.
 
     specs/<spec digest>.json            what was asked, resolved
     plans/<spec digest>-<numerics>.jsonl  which coalition is evaluated under which run key
@@ -8,31 +8,31 @@
     reports/<spec digest>/              derived from the above, can be made again at any time
     work/  failures/                    checkpoints, heartbeats, what went wrong: the mutable places
 
-A fact is published once: written under a temporary name in the same folder, flushed to disk, then
-linked if absent, so that readers see all of it or nothing and the first published fact stays. A
-crash at any moment leaves at most a temporary file. This is the only module that knows file names.
+A fact is published once (see `store`): readers see all of it or nothing, and the first published
+fact stays. A crash at any moment leaves at most a temporary file. This is the only module that
+knows file names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, StoreError
+from attr_batch.bucket import open_store
+from attr_batch.errors import AttrBatchError, LedgerConflict
 from attr_batch.log import TICK_SECONDS
 from attr_batch.recipe import canonical, digest, file_digest
+from attr_batch.store import REPAIR_HINT, Folder, is_temporary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 ALIVE_SECONDS = 3 * TICK_SECONDS
 CLAIM_SECONDS = 0.02
 _DIGEST = re.compile("[0-9a-f]{64}")
+DERIVATION, DIVERGED, SAMPLES = "derivation.json", "diverged.json", "samples.safetensors"
+PRUNED = ("specs", "bases", "properties", "runs", "reports", "failures")  # what `unneeded` judges
 _TOKEN = secrets.token_hex(8)  # of this process
-REPAIR_HINT = "`attr-batch repair JOB.yaml` puts such files aside; the next run makes them again"
+Files = Callable[[str], Collection[str]]  # the names of a run's files by its run key
 
 
 def seal(fact: dict[str, Any]) -> bytes:
@@ -67,131 +69,14 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return fact
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors about `path` into ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise DataError("the store may not be written or read", str(path)) from error
-        what = error.strerror or str(error)
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise LedgerConflict(what, str(path), REPAIR_HINT) from error
-        hint = "free some space (`attr-batch gc STORE`), or mount it writable, and run again"
-        raise StoreError(what, str(path), hint) from error
-
-
-class Store:
-    """A folder with atomic create-if-absent. Names are relative, with forward slashes."""
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-
-    def path(self, name: str) -> Path:
-        """Return the path of a name. ValueError if it would leave the store."""
-        parts = name.split("/")
-        if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{name!r} is not a name inside the store")
-        return self.root.joinpath(*parts)
-
-    def read(self, name: str) -> bytes | None:
-        """Return the bytes under `name`, or None."""
-        path = self.path(name)
-        with _explained(path):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
-
-    def exists(self, name: str) -> bool:
-        """Return whether something is published under `name`."""
-        return self.path(name).exists()
-
-    def publish(self, name: str, data: bytes) -> bool:
-        """Create `name` with `data` unless it exists; True if this call created it."""
-        path = self.path(name)
-        with self._temporary(path, data) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            _sync_folder(path.parent)
-            return True
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Create or replace a mutable file: readers see the old bytes or the new ones."""
-        path = self.path(name)
-        with self._temporary(path, data) as temporary:
-            temporary.replace(path)
-
-    def publish_folder(self, source: Path, name: str) -> bool:
-        """Move the finished folder `source` (on the same disk) to `name` unless that exists."""
-        path = self.path(name)
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for file in source.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            _sync_folder(source)
-            try:
-                source.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-                if not (path / "manifest.json").exists():
-                    raise LedgerConflict("has no manifest", str(path), REPAIR_HINT) from None
-                shutil.rmtree(source, ignore_errors=True)
-                return False
-            _sync_folder(path.parent)
-            return True
-
-    def delete(self, name: str) -> None:
-        """Remove a mutable file if it is there."""
-        path = self.path(name)
-        with _explained(path):
-            path.unlink(missing_ok=True)
-
-    def children(self, name: str) -> list[str]:
-        """Return the sorted names of what lies in folder `name`; none if there is no folder."""
-        path = self.path(name)
-        with _explained(path):
-            try:
-                return sorted(entry.name for entry in os.scandir(path))
-            except FileNotFoundError:
-                return []
-
-    @contextlib.contextmanager
-    def _temporary(self, path: Path, data: bytes) -> Iterator[Path]:
-        temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        with _explained(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with temporary.open("xb") as handle:
-                    handle.write(data)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                yield temporary
-            finally:
-                temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def is_temporary(name: str) -> bool:
-    """Return whether `name` is what a killed writer may have left behind."""
-    return name.startswith(".") and name.endswith(".tmp")
-
-
 def safe_name(text: str) -> str:
     """Return `text` with everything but letters, digits, `_`, `-` and `.` replaced."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "_" for c in text)
+
+
+def value_file(prop: str, prop_digest: str) -> str:
+    """Return the name of a property's value among a run's files."""
+    return f"{safe_name(prop)}-{prop_digest[:12]}.json"
 
 
 def _plan_lines(data: bytes, where: str) -> list[dict[str, Any]]:
@@ -251,17 +136,22 @@ class Ledger:
     """The store's file names and what each file means."""
 
     def __init__(self, root: str | Path) -> None:
-        self.store = Store(root)
+        self.store = open_store(root)
 
     def __str__(self) -> str:
-        return str(self.store.root)
+        return str(self.store)
+
+    @property
+    def local_root(self) -> Path | None:
+        """The store's folder, None if it is a bucket."""
+        return self.store.root if isinstance(self.store, Folder) else None
 
     # -- facts ------------------------------------------------------------------------------------
 
     def fact(self, name: str) -> dict[str, Any] | None:
         """Return the sealed fact under `name`, or None. LedgerConflict if it is damaged."""
         data = self.store.read(name)
-        return None if data is None else unseal(data, str(self.store.path(name)))
+        return None if data is None else unseal(data, self.store.place(name))
 
     def publish_fact(self, name: str, fact: dict[str, Any]) -> dict[str, Any]:
         """Publish a fact unless there is one; return the one that stays."""
@@ -269,15 +159,13 @@ class Ledger:
             return fact
         kept = self.fact(name)
         if kept is None:
-            raise LedgerConflict("vanished while it was read", str(self.store.path(name)))
+            raise LedgerConflict("vanished while it was read", self.store.place(name))
         return kept
 
     def publish_same(self, name: str, data: bytes) -> None:
         """Publish bytes that are a pure function of `name`. LedgerConflict if others are there."""
         if not self.store.publish(name, data) and self.store.read(name) != data:
-            raise LedgerConflict(
-                "exists with other content", str(self.store.path(name)), REPAIR_HINT
-            )
+            raise LedgerConflict("exists with other content", self.store.place(name), REPAIR_HINT)
 
     # -- specs and plans --------------------------------------------------------------------------
 
@@ -320,35 +208,37 @@ class Ledger:
         for name in self.store.children("plans"):
             if not is_temporary(name):
                 data = self.store.read(f"plans/{name}") or b""
-                found[name] = _plan_lines(data, str(self.store.path(f"plans/{name}")))
+                found[name] = _plan_lines(data, self.store.place(f"plans/{name}"))
         return found
 
     # -- things made once: bases and fitted properties --------------------------------------------
 
-    def thing(self, family: str, thing_id: str) -> Path | None:
-        """Return the folder of a base or property (`family` bases|properties), or None."""
-        name = f"{family}/{thing_id}"
-        return self.store.path(name) if self.store.exists(f"{name}/manifest.json") else None
+    def has_thing(self, family: str, thing_id: str) -> bool:
+        """Return whether a base or property (`family` bases|properties) is made."""
+        return self.store.exists(f"{family}/{thing_id}/manifest.json")
 
     def verified_thing(self, family: str, thing_id: str) -> tuple[Path, str]:
-        """Return the folder and its manifest's digest after checking every file's sha256."""
+        """Return a local folder and its manifest's digest after checking every file's sha256."""
         name = f"{family}/{thing_id}"
         manifest = self.fact(f"{name}/manifest.json")
-        folder = self.store.path(name)
         if manifest is None:
-            raise LedgerConflict("is not there", str(folder), REPAIR_HINT)
+            raise LedgerConflict("is not there", self.store.place(name), REPAIR_HINT)
+        if any(file != safe_name(file) for file in manifest["files"]):
+            raise LedgerConflict("names files elsewhere", self.store.place(name), REPAIR_HINT)
+        folder = self.store.local(name, manifest["files"])
         for file, sha256 in manifest["files"].items():
             if not (folder / file).is_file() or file_digest(folder / file) != sha256:
-                raise LedgerConflict("missing or altered", str(folder / file), REPAIR_HINT)
+                place = self.store.place(f"{name}/{file}")
+                raise LedgerConflict("missing or altered", place, REPAIR_HINT)
         return folder, digest(manifest)
 
     def card(self, family: str, thing_id: str) -> dict[str, Any]:
         """Return the card.json of a thing: what it is, as its maker said."""
-        path = self.store.path(f"{family}/{thing_id}/card.json")
+        name = f"{family}/{thing_id}/card.json"
         try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            raise LedgerConflict("missing or torn", str(path), REPAIR_HINT) from None
+            return json.loads(self.store.read(name) or b"")
+        except ValueError:
+            raise LedgerConflict("missing or torn", self.store.place(name), REPAIR_HINT) from None
 
     def publish_thing(
         self, family: str, thing_id: str, source: Path, inputs: Any, seconds: float
@@ -366,17 +256,12 @@ class Ledger:
 
     def value_name(self, key: str, prop: str, prop_digest: str) -> str:
         """Return the name of a measured value: run key, property name, property digest."""
-        return f"runs/{key}/{safe_name(prop)}-{prop_digest[:12]}.json"
+        return f"runs/{key}/{value_file(prop, prop_digest)}"
 
-    def value(self, key: str, prop: str, prop_digest: str) -> dict[str, Any] | None:
-        """Return a measured value's fact, or None. LedgerConflict if damaged or for another run."""
-        name = self.value_name(key, prop, prop_digest)
-        fact = self.fact(name)
-        if fact is not None and (fact.get("key"), fact.get("property_digest")) != (
-            key,
-            prop_digest,
-        ):
-            raise LedgerConflict("belongs to another run", str(self.store.path(name)), REPAIR_HINT)
+    def owned(self, name: str, fact: dict[str, Any], **owner: str) -> dict[str, Any]:
+        """Return the fact under `name`. LedgerConflict if it does not say that it is `owner`'s."""
+        if any(fact.get(key) != value for key, value in owner.items()):
+            raise LedgerConflict("belongs to another run", self.store.place(name), REPAIR_HINT)
         return fact
 
     def samples(self, key: str) -> np.ndarray | None:
@@ -397,19 +282,31 @@ class Ledger:
                 return samples
         except (SafetensorError, KeyError):
             pass
-        raise LedgerConflict("torn or altered", str(self.store.path(name)), REPAIR_HINT)
+        raise LedgerConflict("torn or altered", self.store.place(name), REPAIR_HINT)
 
-    def has_value(self, key: str, prop: str, prop_digest: str) -> bool:
-        """Return whether a value is published (its digest is checked when it is read)."""
-        return self.store.exists(self.value_name(key, prop, prop_digest))
+    def run_files(self, key: str) -> Collection[str]:
+        """Return the names of what is published of a run: one look at the store."""
+        return self.store.children(f"runs/{key}")
+
+    def survey(self, keys: Iterable[str]) -> Files:
+        """Return `run_files` of these runs as of now, with as few looks as the store allows."""
+        found = self.store.listing("runs", [*dict.fromkeys(keys)])
+        return lambda key: found[key] if key in found else self.run_files(key)
+
+    def facts(self, names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
+        """Return `fact` of each name. LedgerConflict if one is damaged."""
+        return {
+            name: None if data is None else unseal(data, self.store.place(name))
+            for name, data in self.store.read_many(names).items()
+        }
 
     def derivation_name(self, key: str) -> str:
         """Return the name of the fact how a run's samples came to be: recipe, seconds, digests."""
-        return f"runs/{key}/derivation.json"
+        return f"runs/{key}/{DERIVATION}"
 
     def samples_name(self, key: str) -> str:
         """Return the name of a run's kept samples."""
-        return f"runs/{key}/samples.safetensors"
+        return f"runs/{key}/{SAMPLES}"
 
     def grid_name(self, key: str) -> str:
         """Return the name of a run's picture of some samples."""
@@ -417,16 +314,13 @@ class Ledger:
 
     def diverged_name(self, key: str) -> str:
         """Return the name of the fact that a run diverges each time and was given up."""
-        return f"runs/{key}/diverged.json"
+        return f"runs/{key}/{DIVERGED}"
 
     # -- mutable: work and failures ---------------------------------------------------------------
 
     def work(self, name: str) -> Path:
-        """Return a path under work/ whose folder exists."""
-        path = self.store.path(f"work/{name}")
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        """Return the local path of work on the way, whose folder exists."""
+        return self.store.scratch(name)
 
     def beat(self, name: str, phase: str, done: int = 0, total: int = 0) -> None:
         """Say that this process works on `name`."""
@@ -449,7 +343,7 @@ class Ledger:
 
         Of two that begin at the same moment the later writer keeps it. A lost race costs double
         work of a run, whose results are published once whoever is first; what must not be made
-        twice at the same time also takes `lock`.
+        twice at the same time also takes the store's `lock`.
         """
         if self.heartbeat(name) is not None:
             return False
@@ -457,21 +351,6 @@ class Ledger:
         time.sleep(CLAIM_SECONDS)
         holder = self.heartbeat(name)
         return holder is not None and holder.mine
-
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[bool]:
-        """Hold `name` alone on this file system while the block runs; False: another has it.
-
-        The kernel lets go of it when the process ends, however it ends.
-        """
-        path = self.work(f"locks/{name}")
-        with _explained(path), path.open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
 
     def rest(self, name: str) -> None:
         """Say that nobody works on `name` any more."""
@@ -513,6 +392,11 @@ class Ledger:
         except ValueError:
             return None
 
+    def failed(self) -> set[str]:
+        """Return the keys of all evaluations that failed the last time."""
+        children = self.store.children("failures")
+        return {name.removesuffix(".json") for name in children if not is_temporary(name)}
+
     def forgive(self, key: str) -> None:
         """Forget a failure: the evaluation succeeded."""
         self.store.delete(f"failures/{key}.json")
@@ -523,38 +407,44 @@ class Ledger:
         """Return (name, reason) of every file that is no intact fact where a fact should be."""
         bad: list[tuple[str, str]] = []
         for family in ("specs", "runs", "bases", "properties", "plans"):
-            path = self.store.path(family)
-            if path.exists() and not path.is_dir():
-                bad.append((family, "foreign file"))
-                continue
-            for child in self.store.children(family):
-                bad += self._judge(family, child)
+            # Per child: itself under "", an empty folder under "/", what is below under "/<name>".
+            children: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
+            for name, size in self.store.walk(family).items():
+                if name == family:
+                    bad.append((family, "foreign file"))
+                    continue
+                child, slash, below = name.removeprefix(f"{family}/").partition("/")
+                children[child][slash + below] = size
+            for child in sorted(children):
+                if child and not is_temporary(child):
+                    bad += self._judge(family, child, children[child])
         return bad
 
-    def _judge(self, family: str, child: str) -> Iterator[tuple[str, str]] | list[tuple[str, str]]:
+    def _judge(
+        self, family: str, child: str, files: dict[str, int | None]
+    ) -> list[tuple[str, str]]:
         name = f"{family}/{child}"
-        if is_temporary(child):
-            return []
         if family in ("specs", "plans"):
-            return self._judge_file(name, known=child.endswith((".json", ".jsonl")))
-        if not self.store.path(name).is_dir():
+            plain = files.get("") is not None and child.endswith((".json", ".jsonl"))
+            return self._judge_file(name, plain)
+        if "" in files:
             return [(name, "foreign file")]
-        if family == "runs":
-            known = (".json", ".png", "samples.safetensors")
-            return [
-                problem
-                for file in self.store.children(name)
-                if not is_temporary(file)
-                for problem in self._judge_file(f"{name}/{file}", known=file.endswith(known))
-            ]
-        try:
-            self.verified_thing(family, child)
-        except LedgerConflict as conflict:
-            return [(name, conflict.problems[0].what)]
-        return []
+        if family in ("bases", "properties"):
+            try:
+                self.verified_thing(family, child)
+            except LedgerConflict as conflict:
+                return [(name, conflict.problems[0].what)]
+            return []
+        bad: list[tuple[str, str]] = []
+        for below, size in sorted(files.items()):
+            file, folder, _ = below[1:].partition("/")
+            if file and not is_temporary(file):
+                known = file.endswith((".json", ".png", SAMPLES))
+                bad += self._judge_file(f"{name}/{file}", known and not folder and size is not None)
+        return bad
 
-    def _judge_file(self, name: str, known: bool) -> list[tuple[str, str]]:
-        if not known or not self.store.path(name).is_file():
+    def _judge_file(self, name: str, plain: bool) -> list[tuple[str, str]]:
+        if not plain:
             return [(name, "foreign file")]
         try:
             if name.endswith(".json"):
@@ -575,20 +465,8 @@ class Ledger:
     def quarantine(self, name: str) -> str:
         """Move a bad file or folder aside; return where it lies now."""
         target = f"quarantine/{name}-{secrets.token_hex(4)}"
-        path = self.store.path(target)
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.store.path(name).rename(path)
+        self.store.move(name, target)
         return target
-
-    def temporaries(self) -> list[str]:
-        """Return files that killed writers left behind (older than an hour)."""
-        old = time.time() - 3600
-        return [
-            path.relative_to(self.store.root).as_posix()
-            for path in self.store.root.rglob(".*.tmp")
-            if path.is_file() and path.stat().st_mtime < old
-        ]
 
     def unneeded(self, forget: list[str]) -> list[tuple[str, int]]:
         """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account.
@@ -612,13 +490,21 @@ class Ledger:
             needed |= {f"work/runs/{key}.safetensors" for key in unfinished}
             needed |= {f"work/bases/{base}" for base in head["bases"]}
             needed |= {f"work/properties/{thing}" for thing in head["properties"]}
-        families = ("specs", "bases", "properties", "runs", "reports", "failures")
-        for family in (*families, "work/runs", "work/bases", "work/properties"):
-            children = self.store.children(family)
-            dropped += [f"{family}/{child}" for child in children if _DIGEST.match(child)]
-            dropped += [name for name in self.temporaries() if name.startswith(f"{family}/")]
+        there: dict[str, int] = {}
+        for family in (*PRUNED, "work/runs", "work/bases", "work/properties"):
+            for name, size in self.store.walk(family).items():
+                child = name.removeprefix(f"{family}/").partition("/")[0]
+                if _DIGEST.match(child):
+                    thing = f"{family}/{child}"
+                    there[thing] = there.get(thing, 0) + (size or 0)
+        dropped += there
+        dropped += [n for n in self.store.leftovers(3600) if n.startswith(PRUNED)]
         names = [name for name in dict.fromkeys(dropped) if name not in needed]
-        return [(name, self._bytes(name)) for name in names if self.store.exists(name)]
+        return [(name, there[name] if name in there else self._bytes(name)) for name in names]
+
+    def _bytes(self, name: str) -> int:
+        """Return the size of a file."""
+        return len(self.store.read(name) or b"")
 
     def _with_substitutes(self, line: dict[str, Any]) -> Iterator[str]:
         """Yield a plan line's run key, and those that stand in for it where it diverged."""
@@ -630,14 +516,6 @@ class Ledger:
             diverged = self.fact(self.diverged_name(key))
             key = None if diverged is None else diverged["next"]
 
-    def _bytes(self, name: str) -> int:
-        path = self.store.path(name)
-        files = path.rglob("*") if path.is_dir() else [path]
-        return sum(file.stat().st_size for file in files if file.is_file())
-
     def drop(self, name: str) -> None:
         """Remove a file or folder that nothing needs."""
-        aside = self.work(f"dropped/{secrets.token_hex(8)}")
-        with _explained(aside):
-            self.store.path(name).rename(aside)  # gone at once: half a folder is a damaged one
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        self.store.drop(name)

@@ -70,7 +70,8 @@ class Upkeep:
     `on_tick(done, total, figures)` is called at most every `seconds` and once at the end. `tick`
     returns True when the loop should write a checkpoint: when it must stop, and otherwise at ticks,
     but so seldom that writing takes no more than about 1/`THRIFT` of the time. `stopping()` is True
-    after SIGTERM.
+    after SIGTERM. `on_saved()` is called some time after a checkpoint that `tick` asked for was
+    written.
     """
 
     THRIFT = 50
@@ -80,8 +81,10 @@ class Upkeep:
         on_tick: Callable[[int, int, dict[str, float]], None] | None = None,
         stopping: Callable[[], bool] = lambda: False,
         seconds: float = TICK_SECONDS,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_tick, self.stopping, self.seconds = on_tick, stopping, seconds
+        self._on_saved = on_saved
         self._last = self._saved = time.monotonic()
         self._saving = False
         self._pause = seconds
@@ -90,6 +93,8 @@ class Upkeep:
         """Report that `done` of `total` iterations are done; True: write a checkpoint now."""
         now = time.monotonic()
         if self._saving:  # the last call asked for a checkpoint, which has been written since
+            self._on_saved()
+            now = time.monotonic()
             self._pause = max(self.seconds, self.THRIFT * (now - self._saved))
             self._saving = False
         if done < total and not self.stopping() and now - self._last < self.seconds:

@@ -36,6 +36,11 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+MAX_JSON = 1 << 20  # bytes of a config
+# Of a foreign config what decides how many layers are built, and how wide.
+_INTEGERS = {"layers_per_block": 16, "time_embedding_dim": 65_536, "num_train_timesteps": 100_000}
+_MAX_LEVELS, _MAX_WIDTH = 8, 8192
+
 BaseId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -280,9 +285,11 @@ class DiffusersFolder(Part):
         name = config.get("_class_name")
         if name != "UNet2DModel":
             hint = "only unconditional pixel models (UNet2DModel) can be read so far"
-            raise DataError(f"is the config of {name!r}", str(place), hint)
+            shown = repr(name[:60]) if isinstance(name, str) else "no model"
+            raise DataError(f"is the config of {shown}", str(place), hint)
         if config.get("class_embed_type") or config.get("num_class_embeds"):
             raise DataError("is class-conditional", str(place), "wanted an unconditional model")
+        _check_extent(config, str(place))
         return {key: value for key, value in config.items() if not key.startswith("_")}
 
     def inputs(self) -> dict[str, Any]:
@@ -311,19 +318,31 @@ class DiffusersFolder(Part):
                 hint = f"set data.channels, or use a model with {channels} channels"
                 raise DataError(f"{key} {config.get(key, 3)}, data has {channels}", where, hint)
         widths = config.get("block_out_channels", (224, 448, 672, 896))
-        if not isinstance(widths, list | tuple):
-            raise DataError(f"block_out_channels is {widths!r}", where, "wanted a list of widths")
         _check_shape(where, channels, size, self.channels, self.size, widths)
 
     def build(self, channels: int, size: int, seed: int) -> UNet2DModel:
         """Return the freshly initialised module (fp32, CPU, eval mode): a function of `seed`."""
         self.check(channels, size)
         try:
+            self._check_parameters()
             return _build(self.config, seed)
+        except DataError:
+            raise
         except Exception as error:  # whatever diffusers stumbles over stands in the config
             what = f"diffusers cannot build the model: {type(error).__name__}: {error}"
             place = str(self._unet_folder / "config.json")
             raise DataError(what, place, "does UNet2DModel.from_pretrained read it?") from error
+
+    def _check_parameters(self) -> None:
+        """Raise DataError before memory is taken for more parameters than the weights can hold."""
+        import torch
+
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in _build(self.config, 0).parameters())
+        held = self._weights.stat().st_size
+        if parameters > held:
+            what = f"describes {parameters:,} parameters, {WEIGHTS} has {held:,} bytes"
+            raise DataError(what, str(self._unet_folder / "config.json"), "is it of another model?")
 
     def initial(self, channels: int, size: int, seed: int) -> UNet2DModel:
         """Return the module with the folder's weights."""
@@ -355,6 +374,20 @@ class DiffusersFolder(Part):
             hint += "UNet2DModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
             raise DataError(f"{pickles[0]} is a pickle, wanted {WEIGHTS}", str(folder), hint)
         raise DataError(f"no {WEIGHTS}", str(folder), "wanted one safetensors file of weights")
+
+
+def _check_extent(config: dict[str, Any], where: str) -> None:
+    """Raise DataError where a foreign config asks for an absurd number or width of layers."""
+    for key, most in _INTEGERS.items():
+        value = config.get(key)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise DataError(f"{key} is no whole number from 1 to {most}", where)
+    widths = config.get("block_out_channels", (1,))
+    good = isinstance(widths, list) and all(type(w) is int and 1 <= w <= _MAX_WIDTH for w in widths)
+    if "block_out_channels" in config and not (good and 1 <= len(widths) <= _MAX_LEVELS):
+        hint = f"wanted a list of 1 to {_MAX_LEVELS} widths up to {_MAX_WIDTH}"
+        shown = str(widths)[:60] if isinstance(widths, int | float | str) else "no such list"
+        raise DataError(f"block_out_channels is {shown}", where, hint)
 
 
 def _check_shape(
@@ -416,8 +449,10 @@ def _file_sha256(path: Path, *_stamp: int) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise DataError(f"more than {MAX_JSON} bytes", str(path), "is it a config?")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be read as JSON: {error}", str(path)) from None
     if not isinstance(content, dict):
         raise DataError("is not a JSON object", str(path))
@@ -437,7 +472,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: An
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that waits under this name
             file.write(save(tensors, header))
             file.flush()
             os.fsync(file.fileno())
@@ -461,7 +497,7 @@ def _open_safetensors(path: Path, framework: Literal["np", "pt"]) -> Iterator[An
     try:
         with safe_open(path, framework=framework) as file:
             yield file
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         what = f"cannot be read as safetensors: {error}"
         raise DataError(what, str(path), "is it completely copied?") from None
 
@@ -476,20 +512,23 @@ def load_weights(module: torch.nn.Module, path: Path, *, cast: bool = False) -> 
 
     DataError says what does not fit, before anything is changed.
     """
-    tensors, metadata = read_safetensors(path)
     wanted = module.state_dict()
+    with _open_safetensors(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     hint = "the weights belong to another architecture"
     for names, what in (
-        (wanted.keys() - tensors.keys(), "lacks"),
-        (tensors.keys() - wanted, "has"),
+        (wanted.keys() - shapes.keys(), "lacks"),
+        (shapes.keys() - wanted, "has"),
     ):
         if names:
-            raise DataError(f"{what} {min(names)} ({len(names)} in all)", str(path), hint)
+            raise DataError(f"{what} {min(names)[:200]} ({len(names)} in all)", str(path), hint)
+    for name, tensor in wanted.items():
+        if shapes[name] != tensor.shape:
+            what = f"{name} is {shapes[name]}, wanted {tuple(tensor.shape)}"
+            raise DataError(what, str(path), hint)
+    tensors, metadata = read_safetensors(path)
     for name, tensor in wanted.items():
         found = tensors[name]
-        if found.shape != tensor.shape:
-            what = f"{name} is {tuple(found.shape)}, wanted {tuple(tensor.shape)}"
-            raise DataError(what, str(path), hint)
         same = cast and found.is_floating_point() and tensor.is_floating_point()
         if found.dtype != tensor.dtype and not same:
             raise DataError(f"{name} is {found.dtype}, wanted {tensor.dtype}", str(path))

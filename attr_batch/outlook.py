@@ -14,6 +14,7 @@ from attr_batch.estimators import Attribution
 from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
 from attr_batch.facts import Facts
 from attr_batch.job import Evaluation, Job
+from attr_batch.ledger import DERIVATION, SAMPLES
 from attr_batch.predecessor import Predecessor
 from attr_batch.studies import Studies
 
@@ -33,7 +34,17 @@ DEPENDS = {
 def status(job: Job) -> dict[str, Any]:
     """Return counts by state, what runs now, what failed, seconds spent and expected."""
     facts = Facts(job)
-    rows = [(planned, state(job, planned)) for planned, _ in facts.rows]
+    beats, failed = set(job.ledger.heartbeats()), job.ledger.failed()
+    files = job.survey(planned for planned, _ in facts.rows)
+
+    def state(planned: Evaluation) -> str:
+        if job.done(planned, files):
+            return "done"
+        if planned.key in beats and job.ledger.heartbeat(planned.key) is not None:
+            return "running"
+        return "failed" if planned.key in failed else "waiting"
+
+    rows = [(planned, state(planned)) for planned, _ in facts.rows]
     counts: dict[str, int] = dict.fromkeys(("done", "running", "failed", "waiting"), 0)
     for _, name in rows:
         counts[name] += 1
@@ -61,16 +72,8 @@ def _validation(job: Job) -> dict[str, int] | None:
     if "validation" not in job.spec.model_fields_set:
         return None
     beside = {e.key: e for study in Studies.of(job) for e in job.evaluations(study)}
-    return {"planned": len(beside), "done": sum(map(job.done, beside.values()))}
-
-
-def state(job: Job, evaluation: Evaluation) -> str:
-    """Return done, running, failed or waiting."""
-    if job.done(evaluation):
-        return "done"
-    if job.ledger.heartbeat(evaluation.key) is not None:
-        return "running"
-    return "failed" if job.ledger.failure(evaluation.key) else "waiting"
+    files = job.survey(beside.values())
+    return {"planned": len(beside), "done": sum(job.done(e, files) for e in beside.values())}
 
 
 def _stopping(facts: Facts) -> dict[str, Any] | None:
@@ -78,9 +81,9 @@ def _stopping(facts: Facts) -> dict[str, Any] | None:
 
 
 def _running(job: Job) -> Iterator[dict[str, Any]]:
-    names = [job.dense_id, job.pruned_id, *job.instruments, *(e.key for e in job.plan)]
-    for name in names:
-        beat = job.ledger.heartbeat(name)
+    names = {job.dense_id, job.pruned_id, *job.instruments, *(e.key for e in job.plan)}
+    for name in job.ledger.heartbeats():
+        beat = job.ledger.heartbeat(name) if name in names else None
         if beat is not None:
             yield {
                 "what": beat.phase,
@@ -97,7 +100,7 @@ def _failure(job: Job, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _thing(job: Job, thing_id: str) -> dict[str, Any]:
-    return {"id": thing_id, "made": job.ledger.thing("bases", thing_id) is not None}
+    return {"id": thing_id, "made": job.ledger.has_thing("bases", thing_id)}
 
 
 # -- what is new, and why -------------------------------------------------------------------------
@@ -111,14 +114,15 @@ def plan(job: Job) -> dict[str, Any]:
     facts = Facts(job)
     over = facts.stopping is not None and facts.stopping.reached
     planned = [planned for planned, _ in facts.rows] if over else job.plan
-    done = {e.key: job.done(e) for e in planned}
+    files = job.survey(planned)
+    done = {e.key: job.done(e, files) for e in planned}
     missing = [e for e in planned if not done[e.key]]
-    kept = [e for e in missing if _samples_kept(job, e)]
+    kept = [e for e in missing if SAMPLES in files(job.settled(e, files).key)]
     things = {
-        "trained model": job.ledger.thing("bases", job.dense_id) is not None,
-        "pruned model": job.ledger.thing("bases", job.pruned_id) is not None,
+        "trained model": job.ledger.has_thing("bases", job.dense_id),
+        "pruned model": job.ledger.has_thing("bases", job.pruned_id),
         **{
-            type(instrument).__name__: job.ledger.thing("properties", thing_id) is not None
+            type(instrument).__name__: job.ledger.has_thing("properties", thing_id)
             for thing_id, instrument in job.instruments.items()
         },
     }
@@ -162,7 +166,8 @@ def continued(job: Job) -> dict[str, Any] | None:
     if before is None:
         return None
     known, ledger = set(before.known), job.ledger
-    measured = (ledger.store.exists(ledger.derivation_name(k)) for k in before.planned.values())
+    files = ledger.survey(before.planned.values())
+    measured = (DERIVATION in files(key) for key in before.planned.values())
     return {
         "spec": before.spec,
         "name": before.name,
@@ -189,10 +194,6 @@ def _why_new(job: Job, before: Predecessor) -> str | None:
     if counterfactual.start == "fresh" or job.dense_id == before.trained:
         return None
     return f"model.base, which would have to be {before.trained}: runs depend on the trained model"
-
-
-def _samples_kept(job: Job, evaluation: Evaluation) -> bool:
-    return job.ledger.store.exists(job.ledger.samples_name(job.settled(evaluation).key))
 
 
 def _bytes_per_evaluation(job: Job) -> int:

@@ -7,11 +7,14 @@ value files, in plan order, and what depends on when and where they were made go
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ from attr_batch.errors import (
     StoreError,
 )
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
-from attr_batch.facts import Facts, one_thread
+from attr_batch.facts import Agenda, Facts, one_thread
 from attr_batch.job import Evaluation, Job
 from attr_batch.ledger import REPAIR_HINT
 from attr_batch.log import say, warn
@@ -149,7 +152,7 @@ def publish(job: Job, provisional: bool = False, session: Session | None = None)
 
 def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dict[str, Any]:
     """Return the published attribution if ours is the same; a newer version replaces it."""
-    place = str(job.ledger.store.path(name))
+    place = job.ledger.store.place(name)
     old = job.ledger.store.read(name) or b""
     if old == data:
         return attribution
@@ -366,8 +369,7 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
     name = job.report_name
     if provisional and not job.ledger.store.exists(f"{name}/attribution.json"):
         name += "-provisional"
-    folder = job.ledger.store.path(name)
-    cost = json.loads((folder / "cost.json").read_text())
+    cost = json.loads(job.ledger.store.read(f"{name}/cost.json") or b"{}")
     phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in cost["seconds"].items())
     headline, *others = attribution["attributions"]
     lines = [
@@ -381,12 +383,12 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
             for other in others
         ),
         f"worker seconds  {phases}",
-        f"report          {folder / 'index.html'}",
+        f"report          {job.ledger.store.place(f'{name}/index.html')}",
     ]
-    if job.spec.tracking.enabled:
+    if job.spec.tracking.enabled and (uri := _tracking_uri(job)):
         from attr_batch.tracking import where_to_look
 
-        where = where_to_look(_tracking_uri(job))
+        where = where_to_look(uri)
         if where.startswith("mlflow ") and not shutil.which("mlflow"):
             where = f"{Path(sys.executable).parent}/{where}"  # the environment is not active
         lines.append(f"MLflow          {where}")
@@ -466,10 +468,15 @@ def _check_draws(draws: int, estimator: Any) -> None:
 
 
 MIRROR_SECONDS = 15.0  # between two looks at the ledger while work goes on
+LEAVE_SECONDS = 30.0  # for the requests that are on their way when the work ends
 
 
 class Mirror:
-    """Keeps MLflow up with the ledger; whatever goes wrong there never stops the work."""
+    """Keeps MLflow up with the ledger; whatever goes wrong there never stops the work.
+
+    While work goes on it is written by a thread of its own: a server that is slow, or hangs, delays
+    neither the workers nor what a signal asks of them.
+    """
 
     def __init__(self, job: Job) -> None:
         from attr_batch import tracking
@@ -478,27 +485,51 @@ class Mirror:
         self._facts: Facts | None = None
         work = job.ledger.work("mlflow").parent
         self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))
+        self._thread: threading.Thread | None = None
         self._last = -math.inf
 
     def follow(self) -> None:
-        """Bring the mirror up to date, if it was some time ago."""
-        if self._mirror is not None and time.monotonic() - self._last > MIRROR_SECONDS:
-            self.sync(None)
-            self._last = time.monotonic()
+        """Begin to bring the mirror up to date, if that was some time ago."""
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._mirror is None or busy or time.monotonic() - self._last <= MIRROR_SECONDS:
+            return
+        self._last = time.monotonic()
+        with contextlib.suppress(AttrBatchError):  # a damaged ledger is reported by the workers
+            shown = self._snapshot(None)
+            self._thread = threading.Thread(target=self._mirror.follow, args=[shown], daemon=True)
+            self._thread.start()
 
     def sync(self, attribution: dict[str, Any] | None) -> bool:
-        """Bring the mirror up to date; False if it was not."""
-        return self._mirror is not None and self._mirror.sync(self._snapshot(attribution))
-
-    def end(self, status: Any, attribution: dict[str, Any] | None = None) -> bool:
-        """Bring the mirror up to date and give the parent run its final status; False if not."""
-        if self._mirror is None:
+        """Bring the mirror up to date, with the parent run RUNNING; False if it was not."""
+        if self._mirror is None or not self._alone():
             return False
-        try:
-            last = self._snapshot(attribution)
-        except AttrBatchError:  # a damaged ledger is reported by whoever called
-            last = None
+        return self._mirror.sync(self._snapshot(attribution))
+
+    def end(
+        self, status: Any, attribution: dict[str, Any] | None = None, *, brief: bool = False
+    ) -> bool:
+        """Bring the mirror up to date and give the parent run its final status; False if not.
+
+        `brief`: the status alone, for a process that was told to go and has little time.
+        """
+        if self._mirror is None or not self._alone():
+            return False
+        last = None
+        if not brief:
+            with contextlib.suppress(AttrBatchError):  # a damaged ledger is reported by the caller
+                last = self._snapshot(attribution)
         return self._mirror.end(status, last)
+
+    def _alone(self) -> bool:
+        """Let the thread end after the requests it has sent; False if these hang."""
+        if self._mirror is not None and self._thread is not None:
+            self._mirror.leaving.set()
+            self._thread.join(LEAVE_SECONDS)
+            if self._thread.is_alive():
+                warn("MLflow hangs and is left as it is", "`attr-batch sync` catches up")
+                return False
+            self._mirror.leaving.clear()
+        return True
 
     def _snapshot(self, attribution: dict[str, Any] | None) -> Any:
         if self._facts is None:
@@ -509,14 +540,24 @@ class Mirror:
 
 
 def sync(job: Job) -> None:
-    """Make or complete the mirror from the ledger alone. StoreError if MLflow is away."""
+    """Make or complete the mirror from the ledger alone.
+
+    Raises:
+        SpecError: there is nowhere to write it.
+        StoreError: MLflow is away.
+    """
     if not job.spec.tracking.enabled:
         say("tracking.enabled is false: nothing to do")
         return
+    if _tracking_uri(job) is None:
+        hint = "set it, or MLFLOW_TRACKING_URI: a bucket holds no SQLite mirror"
+        raise SpecError("names no MLflow server", "tracking.uri", hint)
     published = job.ledger.store.read(f"{job.report_name}/attribution.json")
     attribution = None if published is None else json.loads(published)
     mirror = Mirror(job)
-    if any(job.ledger.heartbeat(name) for name in job.ledger.heartbeats()):
+    names = {thing_id for _, thing_id in job.things} | {e.key for e in Agenda(job).work}
+    if any(job.ledger.heartbeat(name) for name in names.intersection(job.ledger.heartbeats())):
+        say("the job is at work: its run stays RUNNING")
         reached = mirror.sync(attribution)
     else:
         whole = attribution is not None and not Facts(job).missing()
@@ -560,7 +601,7 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
         progress={
             "done": len(children),
             "planned": len(facts.rows),
-            "failed": sum(job.ledger.failure(e.key) is not None for e in facts.missing()),
+            "failed": len(job.ledger.failed().intersection(e.key for e in facts.missing())),
         },
         attribution=attribution,
         evidence=None if attribution is None else evidence(facts, attribution),
@@ -569,5 +610,8 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
     )
 
 
-def _tracking_uri(job: Job) -> str:
-    return job.spec.tracking.uri or f"sqlite:///{(job.ledger.store.root / 'mlflow.db').absolute()}"
+def _tracking_uri(job: Job) -> str | None:
+    """Return where MLflow is: the spec's URI, the environment's, a file in the store; or None."""
+    given = job.spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    root = job.ledger.local_root
+    return given or (None if root is None else f"sqlite:///{(root / 'mlflow.db').absolute()}")

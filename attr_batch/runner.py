@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,17 @@ from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecEr
 from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
 from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
+from attr_batch.ledger import ALIVE_SECONDS
 from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
 from attr_batch.spec import JobSpec
+from attr_batch.store import explained
 
 POLL_SECONDS = 0.25
-WATCH_SECONDS = 1.0  # between two looks of the parent at how far everything is
+WATCH_SECONDS = 1.0  # at least, between two looks of the parent at how far everything is
+AHEAD = 64  # evaluations after the last done one at which it looks
 GRID_IMAGES = 64
 FATAL = (64, 65, 73, 74)  # exit codes after which no other worker can do better
 
@@ -233,11 +236,15 @@ class Laboratory:
             )
 
     def _checkpoint(self, evaluation: Evaluation) -> Path:
-        return self.ledger.work(f"runs/{evaluation.key}.safetensors")
+        return self.ledger.work(self.checkpoint_name(evaluation))
+
+    def checkpoint_name(self, evaluation: Evaluation) -> str:
+        """Return the name of an evaluation's checkpoint among the work on the way."""
+        return f"runs/{evaluation.key}.safetensors"
 
     def forget(self, evaluation: Evaluation) -> None:
         """Remove what is left of an evaluation on the way."""
-        self._checkpoint(evaluation).unlink(missing_ok=True)
+        self.ledger.store.discard(self.checkpoint_name(evaluation))
 
     def keep(self, evaluation: Evaluation, samples: np.ndarray, seconds: dict[str, float]) -> None:
         """Publish what `sampling.keep` says, and how the samples came to be."""
@@ -344,6 +351,7 @@ class Worker:
         self.agenda = Agenda(self.job)
         self._began = time.time()
         self._finished: set[str] = set()  # keys that are done or were tried, never to be looked at
+        self._surveyed = 0  # entries of the plan when it was last looked through as a whole
 
     def work(self, prepares: bool) -> None:
         """Make what is missing of what all share (or wait for it), then evaluate."""
@@ -369,7 +377,7 @@ class Worker:
             ready = [t for t in missing if t.after not in missing] if prepares else []
             if any(self._make(thing) for thing in ready):
                 continue
-            self._breathe()
+            self._breathe(self.ledger.store.poll_seconds)
             if not prepares and time.monotonic() > deadline:
                 raise Interrupted(
                     f"waited {self.job.spec.resources.base_wait:.0f} s for the {missing[0].title}",
@@ -378,16 +386,16 @@ class Worker:
                 )
 
     def _missing(self, things: Sequence[Thing]) -> list[Thing]:
-        return [t for t in things if self.ledger.thing(t.family, t.id) is None]
+        return [t for t in things if not self.ledger.has_thing(t.family, t.id)]
 
     def _make(self, thing: Thing) -> bool:
         """Make a thing unless another process is at it; True if it was made here."""
-        with self.ledger.lock(thing.id) as alone:
+        with self.ledger.store.lock(thing.id) as alone:
             if not alone or not self._missing([thing]) or not self.ledger.claim(thing.id, ""):
                 return False
             folder = self.ledger.work(f"{thing.family}/{thing.id}")
             folder.mkdir(exist_ok=True)
-            with self._claimed(thing.id, thing.title) as upkeep:
+            with self._claimed(thing.id, thing.title, f"{thing.family}/{thing.id}") as upkeep:
                 started = time.perf_counter()
                 thing.make(folder, upkeep)
                 seconds = time.perf_counter() - started
@@ -395,9 +403,9 @@ class Worker:
         return True
 
     def _next(self) -> Evaluation | None:
-        """Claim the next evaluation: own ones in order, then missing ones from the far end."""
+        """Claim the next evaluation: own ones in order, then what others have not come to."""
         plan = self.agenda.work
-        for evaluation in (*plan[self.shard :: self.shards], *reversed(plan)):
+        for evaluation in (*plan[self.shard :: self.shards], *self._others(plan)):
             if evaluation.key in self._finished:
                 continue
             if self.stopped:
@@ -408,11 +416,28 @@ class Worker:
                 return evaluation
         return None
 
+    def _others(self, plan: Sequence[Evaluation]) -> Iterator[Evaluation]:
+        """Yield the other workers' parts, each from its far end, the next lower worker's first.
+
+        So those who have nothing left to do do not all reach for the same evaluation. What is done
+        is looked up at once when the own part is through; what is left then, one by one.
+        """
+        if self._surveyed != len(plan):
+            left = [e for e in plan if e.key not in self._finished]
+            files = self.job.survey(left)
+            self._finished |= {e.key for e in left if self.job.done(e, files)}
+            self._surveyed = len(plan)
+        for step in range(1, self.shards):
+            yield from reversed(plan[(self.shard - step) % self.shards :: self.shards])
+
     def _failed(self, evaluation: Evaluation) -> bool:
         """Whether somebody tried it in vain since this run began."""
         failure = self.ledger.failure(evaluation.key)
-        recent = failure is not None and failure.get("time", 0.0) >= self._began
-        return failure is not None and (recent or failure.get("session") == self.session)
+        if failure is None:
+            return False
+        now = time.time()  # what a clock that was ahead has recorded is not recent
+        recent = self._began <= failure.get("time", 0.0) <= now + ALIVE_SECONDS
+        return recent or failure.get("session") == self.session
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         """Run one coalition; a failure is recorded and the others go on."""
@@ -433,7 +458,8 @@ class Worker:
         """Repeat once what is not finite; a model that diverges twice gives way to a substitute."""
         current = self.job.settled(evaluation)
         while True:
-            with self._claimed(evaluation.key, evaluation.title) as upkeep:
+            work = self.lab.checkpoint_name(current)
+            with self._claimed(evaluation.key, evaluation.title, work) as upkeep:
                 try:
                     with contextlib.suppress(NumericsError):
                         return run_one(current, self.lab, upkeep)
@@ -448,8 +474,11 @@ class Worker:
                     current = instead
 
     @contextlib.contextmanager
-    def _claimed(self, name: str, phase: str) -> Iterator[Upkeep]:
-        """Keep the heartbeat of `name` going, also while nothing ticks, and end it."""
+    def _claimed(self, name: str, phase: str, work: str) -> Iterator[Upkeep]:
+        """Keep the heartbeat of `name` going, also while nothing ticks, and end it.
+
+        Checkpoints, which lie at `work`, are kept for whoever goes on should this process end.
+        """
         at, over = [0, 0], threading.Event()
 
         def beat(done: int, total: int, _: dict[str, float]) -> None:
@@ -464,18 +493,25 @@ class Worker:
         self.ledger.beat(name, phase)
         thread = threading.Thread(target=pulse, daemon=True)
         thread.start()
+        keep = partial(self.ledger.store.keep, work)
         try:
-            yield Upkeep(beat, lambda: self.stopped)
+            with explained(Path("work", work)):  # checkpoints and folders on the way are files too
+                yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
+        except Interrupted:
+            keep()
+            raise
         finally:
             over.set()
             thread.join()
             with contextlib.suppress(AttrBatchError):
                 self.ledger.rest(name)
 
-    def _breathe(self) -> None:
+    def _breathe(self, seconds: float = POLL_SECONDS) -> None:
+        last = time.monotonic() + seconds
+        while not self.stopped and time.monotonic() < last:
+            time.sleep(POLL_SECONDS)
         if self.stopped:
             raise Interrupted("stopped by a signal", hint="run the same command again to go on")
-        time.sleep(POLL_SECONDS)
 
 
 def _worker_process(
@@ -501,6 +537,9 @@ def _worker_process(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sends SIGTERM
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: end with the parent
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before that was set
+        sys.exit(Interrupted.exit_code)
     try:
         import torch
 
@@ -529,8 +568,9 @@ class Crew:
 
     def __init__(self, job: Job, shard: int, shards: int) -> None:
         self.session = secrets.token_hex(8)
-        missing = sum(not job.done(evaluation) for evaluation in job.work)
-        workers = min(job.workers, missing) if prepared(job) else job.workers
+        workers = job.workers
+        if shards == 1 and prepared(job):
+            workers = min(workers, len(missing(job, job.work)))
         context = multiprocessing.get_context("spawn")
         if job.numerics["device"] == "cpu":
             for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -597,7 +637,7 @@ def evaluate(
     `on_poll` is called a few times a second. The workers are stopped once `stopped` holds a signal.
     """
     crew = Crew(job, shard, shards)
-    watch = _Watch(job)
+    watch = _Watch(job, shard, shards)
     try:
         while crew.working:
             time.sleep(POLL_SECONDS)
@@ -614,9 +654,7 @@ def evaluate(
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
     if error is not None and not complete(job):
         raise error
-    work = Agenda(job).work
-    failed = [f for e in work if (f := job.ledger.failure(e.key)) and not job.done(e)]
-    mine = [f for f in failed if f["session"] == crew.session]
+    mine = [f for f in failures(job) if f.get("session") == crew.session]
     if shards > 1 and len(mine) > job.spec.estimator.max_failed:
         what = f"{len(mine)} evaluations of this shard failed, the first: {mine[0]['message']}"
         raise NumericsError(what, mine[0]["about"], "run again: what failed is tried again")
@@ -638,25 +676,27 @@ def signals() -> Iterator[list[int]]:
 
 
 class _Watch:
-    """Shows, from the ledger alone, how far everything is."""
+    """Shows, from the ledger alone, how far everything is; of a sharded job the shard's part."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, shard: int, shards: int) -> None:
+        self.job, self._shard, self._shards = job, shard, shards
+        self._seconds = max(WATCH_SECONDS, job.ledger.store.poll_seconds)
         self._missing_things = Laboratory(job).things()
         self._things = len(self._missing_things)
         self._agenda = Agenda(job)
-        self._missing = self._agenda.work
+        self._part = part(self._agenda.work, job.workers, shard, shards)
+        self._missing = missing(job, self._part)
         self._progress: Progress | None = None
         self._last = 0.0
 
     def show(self, now: bool = False) -> None:
-        if not now and time.monotonic() - self._last < WATCH_SECONDS:
+        if not now and time.monotonic() - self._last < self._seconds:
             return
         self._last = time.monotonic()
         ledger = self.job.ledger
         if self._missing_things:
             self._missing_things = [
-                t for t in self._missing_things if ledger.thing(t.family, t.id) is None
+                t for t in self._missing_things if not ledger.has_thing(t.family, t.id)
             ]
             doing = [beat for t in self._missing_things if (beat := ledger.heartbeat(t.id))]
             figures = {b.phase: f"{b.done}/{b.total}" for b in doing if b.total}
@@ -664,10 +704,19 @@ class _Watch:
             self._update("prepare", "thing", made, self._things, figures)
             return
         if self._agenda.refresh():
-            self._missing = self._agenda.work
-        self._missing = [e for e in self._missing if not self.job.done(e)]
-        total = len(self._agenda.work)
+            self._part = part(self._agenda.work, self.job.workers, self._shard, self._shards)
+            self._missing = self._part
+        self._look(everywhere=now)
+        total = len(self._part)
         self._update(self._label(), "coalition", total - len(self._missing), total, {})
+
+    def _look(self, everywhere: bool) -> None:
+        """Look what has been done since; at the next ones only, for a part is done in its order."""
+        left: list[Evaluation] = []
+        while self._missing and (everywhere or not left):
+            ahead, self._missing = self._missing[:AHEAD], self._missing[AHEAD:]
+            left += missing(self.job, ahead)
+        self._missing = [*left, *self._missing]
 
     def _label(self) -> str:
         at = self._agenda.stopping
@@ -699,51 +748,93 @@ def run(
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
     started = time.monotonic()
-    found = frozenset(e.key for e in job.plan if job.done(e))
-    session, why = None, outlook.reasons(job)
-    job.write_down()
+    own = part(job.plan, job.workers, shard, shards)
+    left = missing(job, own)
+    found = frozenset(e.key for e in own) - {e.key for e in left}
+    session, why = None, outlook.reasons(job) if shard == 0 else None
+    job.write_down(compare=shard == 0)
     mirror = results.Mirror(job) if shard == 0 else None
     with signals() as stopped:
         try:
-            if not complete(job):
-                announce(job, why)
+            whole = not left and complete(job)
+            if not whole:
+                announce(job, shard, shards, why)
                 evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
                 session = results.Session(time.monotonic() - started, found)
-            if not complete(job) and not provisional and _others_at_work(job, shards):
+                whole = complete(job)
+            if not whole and not provisional and _others_at_work(job, shards):
                 say(f"shard {shard} of {shards} is done; others have work left")
+                if mirror is not None:
+                    mirror.sync(None)
+                return None
+            if shards > 1 and not _reports(job, session):
+                say(f"shard {shard} of {shards} is done; another writes the report")
                 return None
             attribution = results.publish(job, provisional, session)
         except BaseException as error:
             if mirror is not None:
-                mirror.end("KILLED" if isinstance(error, Interrupted) else "FAILED")
+                told_to_go = isinstance(error, Interrupted)
+                mirror.end("KILLED" if told_to_go else "FAILED", brief=told_to_go)
             raise
         # Whoever completes the plan also completes the mirror: shard 0 may have ended long ago.
         (mirror or results.Mirror(job)).end("FINISHED", attribution)
     return attribution
 
 
+def part(work: Sequence[Evaluation], workers: int, shard: int, shards: int) -> Sequence[Evaluation]:
+    """Return the evaluations that are a shard's own, in the order of the plan."""
+    mine = range(shard * workers, (shard + 1) * workers)
+    return [e for i, e in enumerate(work) if i % (shards * workers) in mine]
+
+
+def missing(job: Job, work: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return which of these evaluations have not all their values."""
+    files = job.survey(work)
+    return [e for e in work if not job.done(e, files)]
+
+
+def failures(job: Job) -> list[dict[str, Any]]:
+    """Return what went wrong the last time with evaluations that are not done since."""
+    failed = job.ledger.failed()
+    tried = [e for e in Agenda(job).work if e.key in failed]
+    return [f for e in missing(job, tried) if (f := job.ledger.failure(e.key)) is not None]
+
+
 def complete(job: Job) -> bool:
     """Return whether everything shared is made and every evaluation that counts has its values."""
-    return prepared(job) and all(job.done(evaluation) for evaluation in Agenda(job).work)
+    return prepared(job) and not missing(job, Agenda(job).work)
 
 
 def prepared(job: Job) -> bool:
     """Return whether everything shared is made."""
-    return all(job.ledger.thing(family, thing_id) for family, thing_id in job.things)
+    return all(job.ledger.has_thing(family, thing_id) for family, thing_id in job.things)
 
 
 def _others_at_work(job: Job, shards: int) -> bool:
     """Return whether some missing evaluation has not failed: another shard has it or will."""
-    return shards > 1 and any(
-        not job.done(e) and job.ledger.failure(e.key) is None for e in Agenda(job).work
-    )
+    if shards == 1:
+        return False
+    left = {e.key for e in missing(job, Agenda(job).work)}
+    return not job.ledger.failed().issuperset(left)
 
 
-def announce(job: Job, why: dict[str, Any]) -> None:
+def _reports(job: Job, session: results.Session | None) -> bool:
+    """Return whether this shard is to write the report of the complete job.
+
+    Not if there is one and this shard added nothing, nor while another writes it.
+    """
+    if session is None and job.ledger.store.exists(f"{job.report_name}/attribution.json"):
+        return False
+    return job.ledger.claim(f"report-{job.spec_digest}", "report")
+
+
+def announce(job: Job, shard: int, shards: int, why: dict[str, Any] | None) -> None:
     """Say what there is to do, and which paths of the spec made it new."""
-    missing = sum(not job.done(e) for e in job.work)
+    work = part(job.work, job.workers, shard, shards)
     most = "" if job.target is None else "at most "
-    what = f"{most}{missing} of {len(job.work)} evaluations to do"
-    say(f"{job.spec.name}: {what}; store {job.ledger}")
-    for line in (*outlook.continued_text(outlook.continued(job)), *outlook.reasons_text(why)):
-        say(f"  {line}")
+    what = f"{most}{len(missing(job, work))} of {len(work)} evaluations to do"
+    whose = "" if shards == 1 else f", shard {shard} of {shards}"
+    say(f"{job.spec.name}{whose}: {what}; store {job.ledger}")
+    if why is not None:
+        for line in (*outlook.continued_text(outlook.continued(job)), *outlook.reasons_text(why)):
+            say(f"  {line}")

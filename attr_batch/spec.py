@@ -8,9 +8,11 @@ the path, what stood there, what was wanted, and a hint.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from attr_batch.baselines import Baseline
+from attr_batch.bucket import is_url
 from attr_batch.counterfactual import Counterfactual, Retrain, SparsifiedFinetune
 from attr_batch.data import Data
 from attr_batch.errors import Problem, SpecError
@@ -28,8 +31,9 @@ from attr_batch.pruning import Pruning
 from attr_batch.recipe import UNHASHED, Part, canonical
 from attr_batch.sampling import Sampling
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18  # of YAML: what PyYAML reads in about three seconds
 MAX_DEPTH = 20
+MAX_PROBLEMS = 50  # a message of 10,000 unknown keys helps nobody
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -166,7 +170,7 @@ class JobSpec(Part):
     store: Annotated[str, UNHASHED] = Field(
         default="attr-batch-store",
         pattern=r"^[^\x00]+$",
-        description="Folder of results, relative to the shell's.",
+        description="Folder of results, relative to the shell's, or s3://bucket/prefix.",
     )
     seed: int = Field(default=0, ge=0, lt=1 << 53, description="Seed of training and sampling.")
     data: Data
@@ -220,12 +224,12 @@ def validate(tree: Any, where: str = "spec", lines: dict[tuple, int] | None = No
     """Return the JobSpec of a tree of plain values. SpecError lists all problems at once."""
     try:
         text = json.dumps(tree, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise SpecError(f"holds a value that JSON cannot: {error}", where) from None
     try:
         return JobSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise SpecError.of(list(_problems(error, tree, where, lines or {}))) from None
+        raise SpecError.of(_first(_problems(error, tree, where, lines or {}))) from None
 
 
 def schema() -> dict[str, Any]:
@@ -238,18 +242,23 @@ def schema() -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, made stricter: 1e-3 is a number, dates are text, no aliases, no double keys."""
+    """Safe YAML, made stricter: no aliases, no tags, no double keys; dates and times are text.
+
+    1e-3 is a number. A whole number is decimal without leading zeros: 0123 and 1:30 are text.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not allowed"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            problem = "tags (!name) are not allowed: put text in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark
-            )
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -257,10 +266,15 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if not tag.endswith((":timestamp", ":float", ":int", ":merge", ":value"))
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
@@ -274,13 +288,14 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
     """Return the plain values of a YAML file and the line of every path in it."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:  # which may be a device without end
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise SpecError("no such file", str(path), "the first argument is the job's YAML") from None
     except OSError as error:
         raise SpecError(error.strerror or "cannot be read", str(path)) from None
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{len(data)} bytes, more than {MAX_BYTES}", str(path), "is it the spec?")
+        raise SpecError(f"more than {MAX_BYTES} bytes", str(path), "is it the spec?")
     return _parse(data.decode("utf-8", errors="replace"), str(path))
 
 
@@ -297,8 +312,8 @@ def _parse(text: str, where: str) -> tuple[Any, dict[tuple, int]]:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise SpecError(f"not valid YAML: {error.problem}", place) from None
-    except (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError) as error:
-        raise SpecError(f"not valid YAML: {error}", where) from None  # last two: !!bool foo
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"not valid YAML: {error}", where) from None
 
 
 def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str) -> None:
@@ -311,7 +326,7 @@ def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str)
                 raise SpecError("a key must be a plain word", f"{where}:{line}")
             if key.value in seen:
                 hint = "remove one of the two"
-                raise SpecError(f"key {key.value!r} stands twice", f"{where}:{line}", hint)
+                raise SpecError(f"key {key.value[:60]!r} stands twice", f"{where}:{line}", hint)
             seen.add(key.value)
             lines[(*at, key.value)] = line
             _note_lines(value, (*at, key.value), lines, where)
@@ -325,14 +340,14 @@ def _note_lines(node: yaml.Node, at: tuple, lines: dict[tuple, int], where: str)
 
 def _apply(tree: dict[str, Any], override: str) -> tuple[tuple, Any]:
     """Set `path=value` in the tree, the value read as YAML; return the path."""
-    place = f"--set {override}"
+    place = f"--set {_masked(override)[:200]}"
     dotted, equals, text = override.partition("=")
     if not equals or not dotted.strip():
         raise SpecError("wanted path=value", place, "for example --set estimator.budget=120")
     value = _parse(text, place)[0] if text.strip() else None
-    keys = [
-        int(key) if key.isascii() and key.isdecimal() else key for key in dotted.strip().split(".")
-    ]
+    keys = [int(k) if re.fullmatch("[0-9]{1,9}", k) else k for k in dotted.strip().split(".")]
+    if len(keys) > MAX_DEPTH:
+        raise SpecError(f"nested deeper than {MAX_DEPTH} levels", place)
     node: Any = tree
     for key in keys[:-1]:
         node = _step(node, key, place)
@@ -369,9 +384,15 @@ def _problems(
         if item["type"] == "too_short" and inside:
             continue  # it only counts what is wrong inside
         line = next((lines[path[:k]] for k in range(len(path), 0, -1) if path[:k] in lines), None)
-        dotted = ".".join(map(str, path)) or "the spec"
+        dotted = ".".join(str(key)[:60] for key in path) or "the spec"
         place = f"{where}:{line}: {dotted}" if line else f"{where}: {dotted}"
         yield _problem(item, path, place)
+
+
+def _first(problems: Iterator[Problem]) -> list[Problem]:
+    """Return the first `MAX_PROBLEMS`, and that there are more."""
+    found = list(islice(problems, MAX_PROBLEMS))
+    return [*found, Problem("and more problems like these")] if next(problems, None) else found
 
 
 def _problem(item: Any, path: tuple, place: str) -> Problem:
@@ -379,7 +400,7 @@ def _problem(item: Any, path: tuple, place: str) -> Problem:
     if kind == "missing":
         return Problem("missing", place, f"add `{path[-1]}:`")
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(str(path[-1]), _known_keys(), n=1)
+        close = difflib.get_close_matches(str(path[-1])[:60], _known_keys(), n=1)
         hint = f"did you mean `{close[0]}`?" if close else "`attr-batch schema` lists all keys"
         if close and close[0] == path[-1]:
             hint = "another `kind` takes it, this one does not"
@@ -388,9 +409,10 @@ def _problem(item: Any, path: tuple, place: str) -> Problem:
         return Problem("missing `kind`", place, "see `attr-batch schema` for the kinds there are")
     if kind == "union_tag_invalid":
         wanted = context["expected_tags"]
-        close = difflib.get_close_matches(context["tag"], wanted.replace("'", "").split(", "), n=1)
+        tag = context["tag"][:60]
+        close = difflib.get_close_matches(tag, wanted.replace("'", "").split(", "), n=1)
         hint = f"did you mean {close[0]!r}?" if close else None
-        return Problem(f"got kind {context['tag']!r}, wanted one of {wanted}", place, hint)
+        return Problem(f"got kind {tag!r}, wanted one of {wanted}", place, hint)
     if kind == "json_invalid":
         return Problem("holds text that is not valid Unicode", place)
     message = item["msg"].removeprefix("Value error, ")
@@ -423,21 +445,29 @@ def _child(node: Any, key: Any) -> Any:
     return None
 
 
+@functools.cache
 def _known_keys() -> list[str]:
     keys: set[str] = set()
-    for definition in [schema(), *schema().get("$defs", {}).values()]:
+    whole = schema()
+    for definition in [whole, *whole.get("$defs", {}).values()]:
         keys |= set(definition.get("properties", {}))
     return sorted(keys)
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = _masked(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _masked(text: str) -> str:
+    """Return text without the user and password of a URI in it: a message ends in a log."""
+    return re.sub(r"//.*@", "//…@", text, flags=re.DOTALL)
 
 
 def _resolve_locations(spec: JobSpec, folder: Path) -> JobSpec:
     """Make every `path` absolute, relative to the folder of the YAML."""
-    changes: dict[str, Any] = {"store": _expanded(spec.store, "store")}
+    store = spec.store if is_url(spec.store) else _expanded(spec.store, "store")
+    changes: dict[str, Any] = {"store": store}
     for name in ("data", "model"):
         part = getattr(spec, name)
         given = getattr(part, "path", None)
@@ -455,6 +485,8 @@ def _resolve_locations(spec: JobSpec, folder: Path) -> JobSpec:
 
 
 def _absolute(folder: Path, given: str, where: str) -> str:
+    if is_url(given):
+        return given
     return str((folder / _expanded(given, f"{where}.path")).absolute())
 
 

@@ -8,6 +8,7 @@ would be another coalition. Whatever is wrong is reported at once, each with its
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections import Counter, defaultdict
@@ -26,6 +27,7 @@ _ROLES = ("", "endpoint", "empty", "grand", "design", "repeat", "holdout")
 _FEWEST_COALITIONS = 2
 _LARGEST_VALUE = 1e100  # its square and sums of it are still finite
 _WEIGHTS = (1e-6, 1e6)
+_MOST_BYTES = 1 << 28
 _SHOWN = 20  # problems beyond these are counted
 _SPREADSHEET = "a spreadsheet changes such cells: import the column as text, or use 0x and hex"
 _NUMBER = re.compile(r"[0-9]+([.,][0-9]+)?([eE][+-]?[0-9]+)?")
@@ -80,13 +82,17 @@ def read_values(path: str | Path, players: int | None = None) -> tuple[list[Obse
 def _cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the header and (line number, cells) of every line that is not blank."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            lines = [
-                (reader.line_num, [cell.strip() for cell in cells])
-                for cells in reader
-                if any(cell.strip() for cell in cells)
-            ]
+        with path.open("rb") as stream:  # which may be a device without end
+            data = stream.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise DataError(f"more than {_MOST_BYTES:,} bytes", str(path), "is it the table?")
+        text = data.decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        lines = [
+            (reader.line_num, [cell.strip() for cell in cells])
+            for cells in reader
+            if any(cell.strip() for cell in cells)
+        ]
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", str(path)) from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -104,9 +110,9 @@ def _header_problems(header: list[str], where: str) -> list[Problem]:
             hint = "save it with commas between the cells and a point in the numbers"
             return [Problem(f"cells are separated by {name}", where, hint)]
     problems = [
-        Problem(f"column {name!r} appears {header.count(name)} times", where)
-        for name in dict.fromkeys(header)
-        if header.count(name) > 1
+        Problem(f"column {name[:60]!r} appears {times} times", where)
+        for name, times in Counter(header).items()
+        if times > 1
     ]
     problems += [
         Problem(f"no column {name!r}", where, "the first line names the columns: coalition,value")
@@ -114,7 +120,7 @@ def _header_problems(header: list[str], where: str) -> list[Problem]:
         if name not in header
     ]
     problems += [
-        Problem(f"unknown column {name!r}", where, f"known are {', '.join(_KNOWN)}")
+        Problem(f"unknown column {name[:60]!r}", where, f"known are {', '.join(_KNOWN)}")
         for name in dict.fromkeys(header)
         if name not in _KNOWN
     ]
@@ -169,7 +175,7 @@ def _number(name: str, text: str, where: str, problems: list[Problem]) -> float 
         number = None
     if number is None or not math.isfinite(number):
         hint = "numbers are written with a point, like 0.25" if number is None else None
-        problems.append(Problem(f"{name} {text!r} is not a finite number", where, hint))
+        problems.append(Problem(f"{name} {text[:60]!r} is not a finite number", where, hint))
         return None
     return number
 
@@ -177,8 +183,8 @@ def _number(name: str, text: str, where: str, problems: list[Problem]) -> float 
 def _index(name: str, text: str, where: str, problems: list[Problem]) -> int | None:
     if not text:
         return None
-    if not (text.isascii() and text.isdigit()):
-        problems.append(Problem(f"{name} {text!r} is not a whole number", where))
+    if not re.fullmatch("[0-9]{1,18}", text):
+        problems.append(Problem(f"{name} {text[:60]!r} is not a whole number", where))
         return None
     return int(text)
 
@@ -189,7 +195,7 @@ def _role(
     """Return the role: the coalition says whether it is an endpoint, the cell whether held out."""
     if text not in _ROLES:
         wanted = "endpoint, design, repeat or holdout"
-        problems.append(Problem(f"role {text!r}, wanted {wanted}", where))
+        problems.append(Problem(f"role {text[:60]!r}, wanted {wanted}", where))
         return None
     if coalition is None:
         return None

@@ -2,10 +2,11 @@
 
 Nothing is ever read back from MLflow for a result, so the mirror may be lost, down or rebuilt at
 any time (`attr-batch sync`); a failure to write it is a warning, never an error. `Mirror.sync` is
-idempotent: it finds the job's parent run by our own tag, creates what is missing and brings the
-rest up to date. One parent per job, a flat child per measured coalition; the coalition table, the
-values with their intervals and the figures are artifacts of the parent, since MLflow's own metrics
-are single doubles and its child list is loaded a hundred at a time.
+idempotent: it finds the job's parent run by our own tag, creates what is missing, drops what two
+writers created twice, and brings the rest up to date. One parent per job, a flat child per measured
+coalition; the coalition table, the values with their intervals and the figures are artifacts of the
+parent, since MLflow's own metrics are single doubles and its child list is loaded a hundred at a
+time.
 
 Everyone with access to the server can read everything, so contributors appear under keyed
 pseudonyms unless the job says otherwise: `Pseudonyms` rewrites the snapshot *before* figures and
@@ -28,9 +29,12 @@ import re
 import secrets
 import shlex
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attr_batch import report, validation_report
 from attr_batch.errors import SpecError, StoreError
 from attr_batch.evidence import Cost, Evidence, Validation
-from attr_batch.log import warn
+from attr_batch.log import say, warn
 
 if TYPE_CHECKING:
     from attr_batch.spec import Tracking
@@ -48,14 +52,18 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 MAX_PARAM, MAX_TAG, MAX_KEY, MAX_DIGEST = 6000, 8000, 250, 36  # characters, MLflow's limits
 MAX_BATCH, MAX_METRICS = 100, 1000  # params or tags, and metrics, in one request
 LONGEST_STRING = 64  # contributors up to which a child is named by its 0/1 string, then by hex
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+WRITERS = 8  # requests to a server at a time
 PATIENCE = 60.0  # seconds without a try after MLflow was found down
 SYNC_WAIT, END_WAIT = 5.0, 20.0  # seconds to wait while another process writes the mirror
+SECOND_CHANCE = 2.0  # seconds before the last try is repeated, if it failed within as many
 # A server that is away must cost seconds, not the minutes of MLflow's own defaults.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "PGCONNECT_TIMEOUT": "10",
 }
 # Not in the spec digest, so they may differ between two runs of one job; MLflow's params may not.
 UNSENT = ("name", "store", "tracking", "resources")
@@ -252,14 +260,21 @@ class Pseudonyms:
         }
 
 
-def mirror(tracking: Tracking, spec_digest: str, work: Path, default_uri: str) -> Mirror | None:
+def mirror(
+    tracking: Tracking, spec_digest: str, work: Path, default_uri: str | None
+) -> Mirror | None:
     """Return the mirror that the job asks for, None if it asks for none.
 
     `work` is the store's local work folder, which keeps the default key and the lock. None, with a
-    warning, if that key cannot be had: names are never sent instead. SpecError if the environment
-    variable named by `tracking.key_env` is empty.
+    line that says so, if there is neither `tracking.uri` nor `default_uri`; None, with a warning,
+    if that key cannot be had: names are never sent instead. SpecError if the environment variable
+    named by `tracking.key_env` is empty.
     """
     if not tracking.enabled:
+        return None
+    uri = tracking.uri or default_uri
+    if uri is None:
+        say(f"MLflow is not written: neither tracking.uri nor {URI_VARIABLE} names a server")
         return None
     key = None
     if tracking.contributors == "pseudonyms":
@@ -276,7 +291,6 @@ def mirror(tracking: Tracking, spec_digest: str, work: Path, default_uri: str) -
                 "tracking.key_env",
                 "set it to a long random text, or leave key_env out",
             )
-    uri = tracking.uri or default_uri
     return Mirror(uri, tracking.experiment, spec_digest, key, work / "mlflow.lock")
 
 
@@ -296,17 +310,52 @@ def where_to_look(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {shlex.quote(shown)}"
 
 
+class _Left(Exception):
+    """The mirror's `leaving` was set."""
+
+
+class Load:
+    """How busy this machine is: CPU, memory, disk, network, and GPUs where pynvml finds some.
+
+    `began` is when the run began, in milliseconds. The readers are those of MLflow's own monitor,
+    whose thread is not started: it gives up for good when the server is away once.
+    """
+
+    def __init__(self, uri: str, began: int) -> None:
+        self.began = began
+        self._readers: list[Any] = []
+        with suppress(Exception):  # psutil may be missing, or know nothing of this machine
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._readers = SystemMetricsMonitor("", tracking_uri=uri).monitors
+        self.sample()  # the first share of a CPU is one since nothing
+
+    def sample(self) -> dict[str, float]:
+        """Return {MLflow's name of a system metric: value}; empty where nothing can be read."""
+        found = {}
+        for reader in self._readers:
+            with suppress(Exception):
+                reader.collect_metrics()
+                values = reader.aggregate_metrics()
+                found |= {f"system/{name}": float(value) for name, value in values.items()}
+                reader.clear_metrics()
+        return found
+
+
 class Mirror:
     """Keeps one job's runs in MLflow equal to a snapshot.
 
-    `key` None sends contributors' own ids. Processes that hold `lock` write one after the other,
-    so none creates what another is creating. No method raises because of MLflow: the first failure
-    is a warning, and further tries are at least `PATIENCE` seconds apart.
+    `key` None sends contributors' own ids. Processes that hold `lock` write one after the other, so
+    none creates what another is creating; what those without a common file system create twice, the
+    next one drops. No method raises because of MLflow: the first failure is a warning, and further
+    tries are at least `PATIENCE` seconds apart. While `leaving` is set, a `sync` in another thread
+    ends after the requests it has sent.
     """
 
     def __init__(
         self, uri: str, experiment: str, spec_digest: str, key: bytes | None, lock: Path
     ) -> None:
+        self.leaving = threading.Event()
         self._uri, self._experiment = uri, experiment
         self._spec_digest, self._key, self._lock = spec_digest, key, lock
         self._client: Any = None
@@ -315,6 +364,7 @@ class Mirror:
         self._done: set[str] = set()  # run keys of the children that are there
         self._sent: dict[str, str] = {}  # artifact -> sha256 of what was last uploaded
         self._shown: Snapshot | None = None  # what MLflow shows already
+        self._load: Load | None = None
         self._warned, self._again = False, 0.0
 
     def sync(self, snapshot: Snapshot) -> bool:
@@ -326,29 +376,48 @@ class Mirror:
             return False
         return self._attempt(lambda: self._sync(snapshot), SYNC_WAIT)
 
+    def follow(self, snapshot: Snapshot) -> bool:
+        """Do as `sync`, and add to the parent how busy this machine is (`system/...`)."""
+        return self.sync(snapshot) and self._attempt(self._send_load, SYNC_WAIT)
+
+    def _stay(self) -> None:
+        if self.leaving.is_set():
+            raise _Left
+
     def end(self, status: Status, snapshot: Snapshot | None = None) -> bool:
         """Show the last snapshot, if there is one, and give the parent its final status.
 
         Always tries, however short ago MLflow was away; False if either could not be written. The
         status does not depend on the snapshot: a run nobody works on must not stay RUNNING.
+        FINISHED comes last, since it says that all is there, any other status first.
         """
 
         def end() -> None:
             self._connect()
+            if status != "FINISHED" and (parent := self._parent or self._find_parent()):
+                self._client.set_terminated(parent, status)
             try:
                 if snapshot is not None:
-                    self._sync(snapshot)
+                    self._sync(snapshot, status)
             finally:
-                parent = self._parent or self._find_parent()
-                if parent is not None:
+                if parent := self._parent or self._find_parent():
                     self._client.set_terminated(parent, status)
 
+        self._done.clear()  # another process may have sent, or deleted, some meanwhile
+        started = time.monotonic()
+        if self._attempt(end, END_WAIT):
+            return True
+        if time.monotonic() - started > SECOND_CHANCE:
+            return False
+        time.sleep(SECOND_CHANCE)  # a server that restarts refuses the requests of a moment
         return self._attempt(end, END_WAIT)
 
     def _attempt(self, work: Callable[[], None], wait: float) -> bool:
         try:
             with self._locked(wait):
                 work()
+        except _Left:
+            return False
         except Exception as error:  # whatever a mirror's store throws, the work goes on
             self._again = time.monotonic() + PATIENCE
             self._client = self._parent = self._shown = None
@@ -356,14 +425,21 @@ class Mirror:
             self._sent.clear()
             if not self._warned:
                 self._warned = True
-                uri = public_uri(self._uri)
-                reason = str(error).replace(self._uri, uri).strip() or type(error).__name__
                 warn(
-                    f"MLflow at {uri} is not written: {reason.splitlines()[0][:300]}",
+                    f"MLflow at {public_uri(self._uri)} is not written: {self._reason(error)}",
                     "work goes on; `attr-batch sync` catches up",
                 )
             return False
+        self._warned = False
         return True
+
+    def _reason(self, error: BaseException) -> str:
+        """Return in a line what first went wrong, without what is secret in the URI."""
+        while inner := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+            error = inner
+        text = str(error).replace(self._uri, public_uri(self._uri)).strip()
+        reason = (text or type(error).__name__).splitlines()[0]
+        return re.sub(r"//\S*@", "//…@", reason)[:300]
 
     @contextmanager
     def _locked(self, wait: float) -> Iterator[None]:
@@ -383,7 +459,7 @@ class Mirror:
                     break
             yield
 
-    def _sync(self, snapshot: Snapshot) -> None:
+    def _sync(self, snapshot: Snapshot, status: Status = "RUNNING") -> None:
         if snapshot == self._shown:
             return
         sent = snapshot
@@ -392,7 +468,8 @@ class Mirror:
         self._connect()
         if self._parent is None:
             self._parent = self._find_parent() or self._create_parent(sent)
-            self._client.update_run(self._parent, status="RUNNING")
+            if status in ("RUNNING", "FINISHED"):
+                self._client.update_run(self._parent, status="RUNNING")
         self._send_facts(self._parent, sent)
         self._send_children(self._parent, sent)
         for name, content in _artifacts(sent):
@@ -407,8 +484,12 @@ class Mirror:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        for chatty in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        if not self._remote:
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 3  # MLflow's own ten take minutes
         client = MlflowClient(tracking_uri=self._uri)
         found = client.get_experiment_by_name(self._experiment)
         if found is None:
@@ -423,17 +504,37 @@ class Mirror:
                     raise
         if found is not None:
             self._experiment_id = found.experiment_id
+            if found.lifecycle_stage == "deleted":  # the name stays taken until `mlflow gc`
+                client.restore_experiment(found.experiment_id)
+                say(f"MLflow: experiment {self._experiment!r} was deleted; restored with its runs")
         self._client = client
 
+    @property
+    def _remote(self) -> bool:
+        return self._uri.startswith(("http://", "https://"))
+
+    def _search(self, kind: str) -> list[Any]:
+        """Return the job's runs of one kind, the oldest first."""
+        found, token = [], None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id],
+                f"tags.`attr_batch.spec_digest` = '{self._spec_digest}' "
+                f"and tags.`attr_batch.kind` = '{kind}'",
+                max_results=1000,
+                page_token=token,
+            )
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
     def _find_parent(self) -> str | None:
-        wanted = f"tags.`attr_batch.spec_digest` = '{self._spec_digest}'"
-        runs = self._client.search_runs(
-            [self._experiment_id],
-            f"{wanted} and tags.`attr_batch.kind` = 'job'",
-            max_results=1,
-            order_by=["attributes.start_time ASC"],
-        )
-        return runs[0].info.run_id if runs else None
+        """Return the job's oldest parent run; drop others, which two processes created at once."""
+        runs = [run.info.run_id for run in self._search("job")]
+        for other in runs[1:]:
+            self._client.delete_run(other)
+        return runs[0] if runs else None
 
     def _create_parent(self, snapshot: Snapshot) -> str:
         run = self._client.create_run(
@@ -441,7 +542,7 @@ class Mirror:
             run_name=str(snapshot.spec.get("name", "job"))[:MAX_KEY],
             tags={"attr_batch.spec_digest": self._spec_digest, "attr_batch.kind": "job"},
         )
-        return run.info.run_id
+        return self._find_parent() or run.info.run_id
 
     def _send_facts(self, parent: str, snapshot: Snapshot) -> None:
         """Send the parent's params, tags, metrics and data digests that are not there already."""
@@ -472,31 +573,53 @@ class Mirror:
         if inputs:
             self._client.log_inputs(parent, inputs)
 
+    def _send_load(self) -> None:
+        """Send a sample of this machine's load. Its step: seconds since the parent began."""
+        from mlflow.entities import Metric
+
+        if self._load is None:
+            began = self._client.get_run(self._parent).info.start_time
+            self._load = Load(self._uri, began)
+        now = int(time.time() * 1000)
+        sample, step = self._load.sample(), (now - self._load.began) // 1000
+        if sample:
+            metrics = [Metric(_key(name), value, now, step) for name, value in sample.items()]
+            self._client.log_batch(self._parent, metrics=metrics)
+
     def _send_children(self, parent: str, snapshot: Snapshot) -> None:
         if self._done.issuperset(child.key for child in snapshot.children):
             return
-        found = dict(self._find_children(parent))  # another process may have sent some meanwhile
-        for child in snapshot.children:
-            if found.get(child.key) != "done":
-                self._send_child(parent, child, found.get(child.key))
+        found = self._find_children(parent)
+        missing = [child for child in snapshot.children if found.get(child.key) != "done"]
+
+        def send(child: Child) -> None:
+            self._stay()
+            self._send_child(parent, child, found.get(child.key))
+
+        # SQLite knows one writer.
+        with ThreadPoolExecutor(WRITERS if self._remote else 1) as pool:
+            for _ in pool.map(send, missing):  # the first error cancels what has not begun
+                pass
         self._done = {child.key for child in snapshot.children}
 
-    def _find_children(self, parent: str) -> Iterator[tuple[str, str]]:
-        """Yield (run key, "done" or the id of a run that was begun and not finished)."""
-        token = None
-        while True:
-            runs = self._client.search_runs(
-                [self._experiment_id],
-                f"tags.`mlflow.parentRunId` = '{parent}'",
-                max_results=1000,
-                page_token=token,
-            )
-            for run in runs:
-                done = run.info.status == "FINISHED"
-                yield run.data.tags["attr_batch.run_key"], "done" if done else run.info.run_id
-            token = runs.token
-            if not token:
-                return
+    def _find_children(self, parent: str) -> dict[str, str]:
+        """Return {run key: "done" or the id of a run that was begun and not finished}.
+
+        What two writers created twice is dropped; what hangs on a parent that is gone moves here.
+        """
+        by_key = defaultdict(list)
+        for run in self._search("coalition"):
+            by_key[run.data.tags["attr_batch.run_key"]].append(run)
+        found = {}
+        for key, runs in by_key.items():
+            runs.sort(key=lambda run: run.info.status != "FINISHED")
+            first, *others = runs
+            for other in others:
+                self._client.delete_run(other.info.run_id)
+            if first.data.tags.get("mlflow.parentRunId") != parent:
+                self._client.set_tag(first.info.run_id, "mlflow.parentRunId", parent)
+            found[key] = "done" if first.info.status == "FINISHED" else first.info.run_id
+        return found
 
     def _send_child(self, parent: str, child: Child, run_id: str | None) -> None:
         """Create a coalition's run, or complete one that a killed process left half written."""
@@ -537,6 +660,7 @@ class Mirror:
         digest = hashlib.sha256(content).hexdigest()
         if self._sent.get(name) == digest:
             return
+        self._stay()
         place = Path(name)
         folder = None if place.parent == Path() else place.parent.as_posix()
         with tempfile.TemporaryDirectory() as scratch:

@@ -85,13 +85,13 @@ def _evaluate(job: Job, studies: Studies, removal: Study | None, shard: int, sha
     wider.write_down()
     if runner.complete(wider):
         return True
-    missing = sum(not wider.done(e) for e in wider.work)
+    missing = len(runner.missing(wider, wider.work))
     say(f"validation of {job.spec.name}: {missing} of {len(wider.work)} evaluations to do")
     with runner.signals() as stopped:
         runner.evaluate(wider, shard, shards, stopped, lambda: None)
     if runner.complete(wider):
         return True
-    failed = [f for e in wider.work if not wider.done(e) and (f := job.ledger.failure(e.key))]
+    failed = runner.failures(wider)
     if failed:
         what = f"{len(failed)} evaluations have no value, the first: {failed[0]['message']}"
         hint = "run again: what failed is tried again; or --provisional: report what there is"
@@ -126,7 +126,7 @@ def scores(job: Job, studies: Studies) -> Scores:
     found: Scores = {prop.name: {} for prop in job.spec.properties}
     for prop, name, _, inputs in _wanted(job, studies):
         thing_id = digest(inputs)
-        if job.ledger.thing("properties", thing_id) is not None:
+        if job.ledger.has_thing("properties", thing_id):
             folder, _ = job.ledger.verified_thing("properties", thing_id)
             manifest = job.ledger.fact(f"properties/{thing_id}/manifest.json") or {}
             text = (folder / "scores.json").read_text(encoding="utf-8")
@@ -160,7 +160,7 @@ def _score_baselines(job: Job, studies: Studies) -> None:
     missing = {
         digest(inputs): (prop, name, baseline, inputs)
         for prop, name, baseline, inputs in _wanted(job, studies)
-        if job.ledger.thing("properties", digest(inputs)) is None
+        if not job.ledger.has_thing("properties", digest(inputs))
     }
     if not missing:
         return

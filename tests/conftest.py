@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from attr_batch.job import Job
 from attr_batch.runner import Laboratory, Worker
 from attr_batch.spec import validate
+from tests.s3 import BUCKET, SeaweedFS
 
 torch.set_num_threads(1)  # as in a worker process: the bits must not depend on the cores
 
@@ -47,6 +50,24 @@ def tiny(tmp_path: Path) -> Callable[..., Job]:
         return Job(validate({**TINY, **sections}))
 
     return job
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """Run a real S3 server."""
+    server = SeaweedFS(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop(signal.SIGKILL)  # its own way takes half a minute
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of an empty prefix in a bucket; the environment holds what it takes."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ATTR_BATCH_SCRATCH", str(tmp_path / "scratch"))
+    return f"s3://{BUCKET}/{secrets.token_hex(6)}"
 
 
 def work_through(job: Job, shard: int = 0, shards: int = 1, session: str = "test") -> None:

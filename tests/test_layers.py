@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "attr_batch"
 
 # From the bottom; inside a layer, imports go leftwards.
 LAYERS = [
-    ["errors", "log", "recipe", "coalition", "ops"],
+    ["errors", "log", "recipe", "coalition", "ops", "store", "bucket"],
     ["data", "models", "pruning", "fused", "graphs", "sampling"],
     ["training"],
     [
@@ -28,7 +28,7 @@ LAYERS = [
 ]  # fmt: skip
 PLACE = {name: (layer, i) for layer, names in enumerate(LAYERS) for i, name in enumerate(names)}
 TORCH_FREE = [
-    "errors", "log", "recipe", "coalition", "ops", "data", "estimators", "lds", "ledger", "report",
+    "errors", "log", "recipe", "coalition", "ops", "store", "bucket", "data", "estimators", "lds", "ledger", "report",
     "validation_report", "table", "spec", "job", "facts", "outlook", "results", "studies",
     "scoring", "tracking", "runner", "validate", "cli",
 ]  # fmt: skip

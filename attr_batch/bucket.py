@@ -1,0 +1,430 @@
+"""A bucket of an object store as a store, and data fetched from one.
+
+Every call is a request, so whoever looks at much does so with `listing`, `walk` and `read_many`,
+which list a thousand names a request and send many requests at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attr_batch.errors import DataError, LedgerConflict, SpecError, StoreError
+from attr_batch.log import say
+from attr_batch.recipe import file_digest
+from attr_batch.store import Folder, Store, checked, explained, is_temporary
+
+SCRATCH = "ATTR_BATCH_SCRATCH"  # environment variable: where a bucket's local files lie
+CONCURRENT = 64  # requests at a time
+FEW = 256  # folders that are listed one by one rather than by walking through all there are
+URL = re.compile(r"(s3|gs|az)://([^/?#@:]+)(?:/([^?#]*))?")
+# A request that fails (5xx, connection, time) is repeated with growing pauses for a minute.
+RETRIES, RETRY_SECONDS = 8, 60
+CLIENT = {"connect_timeout": "5s", "timeout": "30s"}
+LARGE = {"connect_timeout": "5s", "timeout": "15min"}  # a model's weights in one request
+FORBIDDEN = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set, and may they do this?"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def is_url(location: str) -> bool:
+    """Return whether `location` names a bucket and not a folder."""
+    return "://" in location
+
+
+def open_store(location: str | Path) -> Store:
+    """Return the store at a folder's path or a bucket's URL. SpecError if the URL is none."""
+    return Bucket(str(location)) if is_url(str(location)) else Folder(location)
+
+
+def fetch(url: str) -> Path:
+    """Return a local folder with what lies under a bucket's URL, fetched as far as it changed.
+
+    Processes that share `$ATTR_BATCH_SCRATCH` fetch it once. DataError if there is nothing.
+    """
+    return Bucket(url, "data.path").mirrored()
+
+
+def stamps(url: str) -> list[tuple[str, int, str]]:
+    """Return (name, bytes, entity tag) of everything under a bucket's URL: one look, no content."""
+    return Bucket(url, "data.path").stamps()
+
+
+class Bucket(Store):
+    """A bucket, or a prefix in one, of an object store: `s3://bucket/prefix`, also `gs://`, `az://`.
+
+    Credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`,
+    `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, or what a cloud gives its machines),
+    never from the URL.
+    """
+
+    poll_seconds = 5.0
+
+    def __init__(self, url: str, where: str = "store") -> None:
+        match = URL.fullmatch(url.rstrip("/"))
+        if match is None or any(part in (".", "..", "") for part in (match[3] or "x").split("/")):
+            hint = "s3://bucket/prefix; credentials come from the environment"
+            raise SpecError("is no URL of a bucket", where, hint)
+        super().__init__(url.rstrip("/"))
+        self._where = where
+        self._remote, self._large = self._client(CLIENT), self._client(LARGE)
+        self._kept: dict[str, tuple[int, int]] = {}  # time and size of what was uploaded last
+        self._root = _private_folder() / hashlib.sha256(self.location.encode()).hexdigest()[:16]
+
+    def _client(self, options: Mapping[str, str]) -> Any:
+        from datetime import timedelta
+
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        client: Any = {**options, "allow_http": endpoint.startswith("http://")}
+        retry: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+        try:
+            return from_url(self.location, client_options=client, retry_config=retry)
+        except (BaseError, ValueError) as error:
+            raise SpecError(_brief(error), self._where) from None
+
+    def check(self) -> None:
+        """Check that the bucket is there and answers."""
+        self.children("specs")
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes under `name`, or None."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            try:
+                return bytes(obstore.get(self._remote, path).bytes())
+            except FileNotFoundError as error:
+                _refuse_missing_bucket(error)
+                return None
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes | None]:
+        """Return what `read` returns, by name, with many requests at a time."""
+        names = list(names)
+        return dict(zip(names, _at_once(self.read, names), strict=True))
+
+    def exists(self, name: str) -> bool:
+        """Return whether something is published under `name`."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            try:
+                obstore.head(self._remote, path)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def children(self, name: str) -> list[str]:
+        """Return the sorted names of what lies in folder `name`; none if there is no folder."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            found = obstore.list_with_delimiter(self._remote, path)
+            paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+            return sorted(child.rstrip("/").rpartition("/")[2] for child in paths)
+
+    def listing(self, name: str, children: Sequence[str]) -> dict[str, list[str]]:
+        """Return what `children` returns of each of these children of folder `name`.
+
+        A few are looked up one by one, many by listing the folder, a thousand files a request.
+        """
+        if len(children) <= FEW:
+            looks = _at_once(lambda child: self.children(f"{name}/{child}"), children)
+            return dict(zip(children, looks, strict=True))
+        found: dict[str, list[str]] = {child: [] for child in children}
+        for path in self.walk(name):
+            child, slash, file = path.removeprefix(f"{name}/").partition("/")
+            if slash and child in found:
+                found[child].append(file)
+        return found
+
+    def walk(self, name: str) -> dict[str, int | None]:
+        """Return {name: bytes} of every file below folder `name`."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            listing = obstore.list(self._remote, path, chunk_size=1000)
+            return {item["path"]: item["size"] for chunk in listing for item in chunk}
+
+    def publish(self, name: str, data: bytes) -> bool:
+        """Create `name` with `data` unless it exists; True if this call created it."""
+        return self._create(self._remote, name, data)
+
+    def _create(self, remote: Any, name: str, data: bytes | Path) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            try:
+                obstore.put(remote, path, data, mode="create")
+            except AlreadyExistsError:
+                return False  # or a repeated request of ours was answered at last: the same bytes
+            return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Create or replace a mutable file: readers see the old bytes or the new ones."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name):
+            obstore.put(self._remote, path, data, use_multipart=False)
+
+    def delete(self, name: str) -> None:
+        """Remove a mutable file if it is there."""
+        import obstore
+
+        path = "/".join(checked(name))
+        with self._answered(name), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._remote, path)
+
+    def publish_folder(self, source: Path, name: str) -> bool:
+        """Upload the finished folder `source` to `name`, its manifest last.
+
+        What a killed maker left is replaced as long as there is no manifest. Two makers that are at
+        it at the same moment make the same bytes; should they not, the manifest tells.
+        """
+        import obstore
+
+        whole = f"{name}/manifest.json"
+        for file in sorted(source.iterdir()):
+            place = f"{name}/{file.name}"
+            if file.name == "manifest.json" or self._create(self._large, place, file):
+                continue
+            if self.exists(whole):
+                break
+            with self._answered(place):
+                obstore.put(self._large, place, file, mode="overwrite")
+        first = self.publish(whole, (source / "manifest.json").read_bytes())
+        self._forget_work(source)
+        return first
+
+    def _forget_work(self, source: Path) -> None:
+        """Remove a finished folder on the way, here and in the bucket."""
+        self.drop(source.relative_to(self._root).as_posix())
+        shutil.rmtree(source, ignore_errors=True)
+
+    def local(self, name: str, files: Mapping[str, str]) -> Path:
+        """Return a local copy of a published folder; what is there already is not fetched again."""
+        import obstore
+
+        folder = self._root / "fetched" / Path(*checked(name))
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, sha256 in files.items():
+                (part,) = checked(file)
+                target = folder / part
+                if target.exists() and file_digest(target) == sha256:
+                    continue
+                with self._answered(f"{name}/{file}"):
+                    try:
+                        stream = obstore.get(self._large, f"{name}/{part}").stream()
+                    except FileNotFoundError:
+                        continue
+                    handle, temporary = tempfile.mkstemp(dir=folder)
+                    with os.fdopen(handle, "wb") as out:
+                        for chunk in stream:
+                            out.write(chunk)
+                    Path(temporary).replace(target)
+        return folder
+
+    def move(self, name: str, target: str) -> None:
+        """Give a file or folder another name, under which there is nothing."""
+        import obstore
+
+        names = [*self.walk(name)] or [name]
+        for old in names:
+            new = "/".join(checked(target + old.removeprefix(name)))
+            with self._answered(old):
+                obstore.copy(self._large, old, new)
+        self._delete_all(names)
+        self._forget_copies(name)
+
+    def drop(self, name: str) -> None:
+        """Remove a file or folder that nothing needs; of a folder its manifest first."""
+        names = [*self.walk(name)] or [name]
+        names.sort(key=lambda path: not path.endswith("/manifest.json"))
+        self._delete_all(names[:1])
+        self._delete_all(names[1:])
+        self._forget_copies(name)
+
+    def _delete_all(self, names: Sequence[str]) -> None:
+        import obstore
+
+        for start in range(0, len(names), 1000):
+            with self._answered(names[start]), contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._remote, names[start : start + 1000])
+
+    def _forget_copies(self, name: str) -> None:
+        shutil.rmtree(self._root / "fetched" / Path(*checked(name)), ignore_errors=True)
+
+    def scratch(self, name: str) -> Path:
+        """Return the local path of work on the way, fetched if another began it elsewhere."""
+        path = self._root / "work" / Path(*checked(name))
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and not name.startswith("locks/"):
+                self._fetch_work(f"work/{name}", path)
+        return path
+
+    def _fetch_work(self, name: str, path: Path) -> None:
+        single = self.read(name)
+        if single is not None:
+            path.write_bytes(single)
+            return
+        for file, data in self.read_many(self.walk(name)).items():
+            path.mkdir(exist_ok=True)
+            if data is not None:
+                (path / file.rpartition("/")[2]).write_bytes(data)
+
+    def keep(self, name: str) -> None:
+        """Upload what lies at `scratch(name)`, as far as it has changed."""
+        import obstore
+
+        path = self._root / "work" / Path(*checked(name))
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+        for file in files:
+            if not file.exists() or is_temporary(file.name):
+                continue
+            place = f"work/{name}" if file == path else f"work/{name}/{file.name}"
+            stamp = (file.stat().st_mtime_ns, file.stat().st_size)
+            if self._kept.get(place) != stamp:
+                with self._answered(place):
+                    obstore.put(self._large, place, file, mode="overwrite")
+                self._kept[place] = stamp
+
+    def discard(self, name: str) -> None:
+        """Remove what is left of work on the way."""
+        (self._root / "work" / Path(*checked(name))).unlink(missing_ok=True)
+        if self._kept.pop(f"work/{name}", None) is not None:
+            self.delete(f"work/{name}")
+
+    # -- data -------------------------------------------------------------------------------------
+
+    def stamps(self) -> list[tuple[str, int, str]]:
+        """Return (name, bytes, entity tag) of everything there is, sorted."""
+        import obstore
+
+        with self._answered(""):
+            listing = obstore.list(self._remote, chunk_size=1000)
+            found = [
+                (item["path"], item["size"], str(item["e_tag"] or item["last_modified"]))
+                for chunk in listing
+                for item in chunk
+                if item["size"] or not item["path"].endswith("/")
+            ]
+        if not found:
+            raise DataError(
+                "there is nothing", self.location, "wanted a folder of images in a bucket"
+            )
+        return sorted(found)
+
+    def mirrored(self) -> Path:
+        """Return a local folder with everything there is, fetched as far as it changed."""
+        folder = self._root / "data"
+        index = self._root / "data.json"
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (self._root / "data.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                there: dict[str, Any] = {}
+                with contextlib.suppress(OSError, ValueError):
+                    there = json.loads(index.read_bytes())
+                wanted = {name: [size, tag] for name, size, tag in self.stamps()}
+                self._fetch_changed(folder, wanted, there)
+                index.write_text(json.dumps(wanted))
+        return folder
+
+    def _fetch_changed(
+        self, folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]
+    ) -> None:
+        changed = [name for name, stamp in wanted.items() if there.get(name) != stamp]
+        if changed:
+            size = sum(wanted[name][0] for name in changed)
+            say(f"fetching {len(changed)} files, {size / 1e6:.1f} MB, from {self.location}")
+        for name in {*there} - {*wanted}:
+            folder.joinpath(*checked(name)).unlink(missing_ok=True)
+        self._at_once_into(folder, changed)
+
+    def _at_once_into(self, folder: Path, names: Sequence[str]) -> None:
+        def get(name: str) -> None:
+            path = folder.joinpath(*checked(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name) or b"")
+
+        _at_once(get, names)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _answered(self, name: str) -> Iterator[None]:
+        """Turn the object store's errors into ours."""
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+        place = f"{self.location}/{name}" if name else self.location
+        try:
+            yield
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
+        except FileNotFoundError as error:
+            _refuse_missing_bucket(error, place)
+            raise LedgerConflict("vanished while it was read", place) from None
+        except (BaseError, OSError) as error:
+            text = str(error)
+            if "403 Forbidden" in text or "401 Unauthorized" in text:  # of a list request
+                raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
+            _refuse_missing_bucket(error, place)
+            hint = "is AWS_ENDPOINT_URL right, and does it answer? then run again"
+            if "169.254." in text or "credential" in text.lower():
+                hint = "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise StoreError(_brief(error), place, hint) from None
+
+
+def _refuse_missing_bucket(error: Exception, place: str = "store") -> None:
+    if "NoSuchBucket" in str(error):
+        raise DataError("there is no such bucket", place, "make it, or correct `store`") from None
+
+
+def _brief(error: Exception) -> str:
+    """Return the telling part of an object store's message in one line, without the XML."""
+    text = re.sub(r"\s+", " ", str(error).partition("Debug source")[0])
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    text = re.sub(r":? ?<\?xml.*", "", text)[:300].strip()
+    return f"{text} ({code[1]})" if code and code[1] not in text else text
+
+
+def _at_once(call: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return the results of many calls, `CONCURRENT` at a time."""
+    if len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(CONCURRENT, len(items))) as pool:
+        return list(pool.map(call, items))
+
+
+def _private_folder() -> Path:
+    """Return the scratch folder of buckets. SpecError if it belongs to another user."""
+    given = os.environ.get(SCRATCH)
+    path = Path(given) if given else Path(tempfile.gettempdir(), f"attr-batch-{os.getuid()}")
+    with explained(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not given and path.lstat().st_uid != os.getuid():
+            hint = "set it to a folder of yours"
+            raise SpecError(f"{path} belongs to another user", SCRATCH, hint)
+    return path

@@ -1,0 +1,215 @@
+"""A bucket as a store: the same names and bytes as in a folder, and errors a user can act on.
+
+Against a real S3 server (SeaweedFS). `test_ledger` runs the ledger's own tests on a bucket, too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attr_batch import bucket as bucket_module
+from attr_batch.bucket import Bucket, fetch, open_store, stamps
+from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
+from attr_batch.job import Job
+from attr_batch.ledger import Ledger
+from attr_batch.results import publish
+from attr_batch.runner import run
+from attr_batch.spec import validate
+from attr_batch.store import Folder
+from tests.conftest import TINY, work_through
+from tests.s3 import READER, READER_SECRET
+
+
+def content(ledger: Ledger, *families: str) -> dict[str, bytes | None]:
+    """Return the bytes of every file of a store that is a fact."""
+    names = [n for family in families for n in ledger.store.walk(family)]
+    return ledger.store.read_many(names)
+
+
+FACTS = ("specs", "plans")
+
+
+def timeless(data: bytes | None) -> dict:
+    """Return a value or derivation without its seconds, and without what depends on seconds."""
+    fact = json.loads(data or b"{}")
+    made = {k: v for k, v in fact["provenance"].items() if not k.endswith("_sha256")}
+    return {k: v for k, v in fact.items() if k not in ("seconds", "sha256")} | {"provenance": made}
+
+
+def test_a_job_in_a_bucket_leaves_the_same_facts_as_in_a_folder(bucket, tmp_path):
+    jobs = [Job(validate({**TINY, "store": place})) for place in (bucket, str(tmp_path / "store"))]
+    reports = []
+    for job in jobs:
+        work_through(job)
+        reports.append(publish(job))
+    there, here = (job.ledger for job in jobs)
+    assert reports[0] == reports[1]
+    assert content(there, *FACTS) == content(here, *FACTS)
+    runs = [content(ledger, "runs") for ledger in (there, here)]
+    assert runs[0].keys() == runs[1].keys()
+    for name, data in runs[0].items():
+        if name.endswith(".json"):
+            assert timeless(data) == timeless(runs[1][name])
+        else:
+            assert data == runs[1][name]
+    name = f"{jobs[0].report_name}/attribution.json"
+    assert there.store.read(name) == here.store.read(name)
+    assert there.bad_files() == []
+    assert not [n for n in there.store.walk("work") if not n.startswith("work/data")]
+    # A bucket copied into a folder is that folder's store.
+    copy = Folder(tmp_path / "copy")
+    for family in ("", "specs", "plans", "bases", "properties", "runs", "reports"):
+        for name in there.store.walk(family) if family else [Ledger.MARKER]:
+            copy.publish(name, there.store.read(name) or b"")
+    copied = Job(validate({**TINY, "store": str(tmp_path / "copy")}))
+    assert copied.ledger.bad_files() == []
+    assert run(copied) == reports[0]
+
+
+def test_a_checkpoint_is_there_for_another_machine(bucket, tmp_path, monkeypatch):
+    first = open_store(bucket)
+    path = first.scratch("bases/b")
+    path.mkdir()
+    (path / "checkpoint.safetensors").write_bytes(b"step 7")
+    (path / ".checkpoint.tmp").write_bytes(b"half")
+    first.keep("bases/b")
+    single = first.scratch("runs/k.safetensors")
+    single.write_bytes(b"step 3")
+    first.keep("runs/k.safetensors")
+    monkeypatch.setenv("ATTR_BATCH_SCRATCH", str(tmp_path / "elsewhere"))
+    second = open_store(bucket)
+    taken = second.scratch("bases/b")
+    assert {f.name: f.read_bytes() for f in taken.iterdir()} == {
+        "checkpoint.safetensors": b"step 7"
+    }
+    assert second.scratch("runs/k.safetensors").read_bytes() == b"step 3"
+    first.discard("runs/k.safetensors")
+    assert "work/runs/k.safetensors" not in first.walk("work")
+
+
+def test_a_thing_is_fetched_once_and_a_damaged_copy_is_noticed(bucket):
+    ledger = Ledger(bucket)
+    work = ledger.work("bases/b")
+    work.mkdir()
+    (work / "weights").write_bytes(b"weights")
+    ledger.publish_thing("bases", "b", work, {}, 0.0)
+    folder, _ = ledger.verified_thing("bases", "b")
+    (folder / "weights").write_bytes(b"damaged on this disk")
+    assert (ledger.verified_thing("bases", "b")[0] / "weights").read_bytes() == b"weights"
+
+
+def test_what_a_killed_maker_left_is_replaced(bucket):
+    ledger = Ledger(bucket)
+    ledger.store.publish("bases/b/weights", b"half of it")
+    work = ledger.work("bases/b")
+    work.mkdir()
+    (work / "weights").write_bytes(b"all of it")
+    ledger.publish_thing("bases", "b", work, {}, 0.0)
+    assert (ledger.verified_thing("bases", "b")[0] / "weights").read_bytes() == b"all of it"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://x/y", "s3://", "s3://key:secret@bucket/x", "s3://b/../c", "s3://b/a?x=1", "s3://b//c"],
+)
+def test_what_is_no_bucket_is_refused(url):
+    with pytest.raises(SpecError, match="no URL of a bucket") as caught:
+        open_store(url)
+    assert caught.value.problems[0].where == "store"
+
+
+def test_forbidden_is_a_data_error_that_names_the_variables(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    with pytest.raises(DataError, match=r"forbidden: .*\(AccessDenied\)") as caught:
+        open_store(bucket).publish("runs/k/v.json", b"x")
+    assert "AWS_ACCESS_KEY_ID" in str(caught.value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(DataError, match="SignatureDoesNotMatch"):
+        open_store(bucket).check()
+
+
+def test_a_missing_bucket_is_a_data_error(bucket):
+    with pytest.raises(DataError, match="no such bucket"):
+        open_store("s3://nowhere-at-all/x").check()
+
+
+def test_a_store_that_does_not_answer_is_a_store_error(bucket, monkeypatch):
+    monkeypatch.setattr(bucket_module, "RETRIES", 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+        with pytest.raises(StoreError, match="Error performing") as caught:
+            open_store(bucket).read("specs/s.json")
+    assert caught.value.exit_code == 74
+
+
+def test_no_secret_is_in_a_message(bucket, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-secret")
+    with pytest.raises(AttrBatchError) as caught:
+        open_store(bucket).check()
+    assert "canary-secret" not in str(caught.value)
+
+
+def test_a_listing_is_the_same_for_few_and_many(bucket, monkeypatch):
+    store = open_store(bucket)
+    for key in ("a", "b", "c"):
+        for name in ("x.json", "y.png"):
+            store.publish(f"runs/{key}/{name}", b"1")
+    few = store.listing("runs", ["a", "c", "none"])
+    monkeypatch.setattr(bucket_module, "FEW", 0)
+    many = store.listing("runs", ["a", "c", "none"])
+    assert {k: sorted(v) for k, v in few.items()} == {k: sorted(v) for k, v in many.items()}
+    assert few["none"] == []
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+def put_images(url: str, count: int) -> Bucket:
+    there = Bucket(url)
+    generator = np.random.default_rng(0)
+    lines = ["file_name,artist"]
+    for i in range(count):
+        path = Path(str(there.scratch("image.png")))
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+        there.replace(f"art/{i:03d}.png", path.read_bytes())
+        lines.append(f"art/{i:03d}.png,{'ab'[i % 2]}")
+    there.replace("metadata.csv", "\n".join(lines).encode())
+    return there
+
+
+def test_data_come_from_a_bucket(bucket, tmp_path, monkeypatch):
+    there = put_images(bucket, 70)
+    data = {"kind": "image_folder", "path": bucket, "contributor": "artist", "size": 8}
+    job = Job(validate({**TINY, "data": data, "store": str(tmp_path / "store")}))
+    assert [c.images for c in job.card.roster.contributors] == [35, 35]
+    folder = fetch(bucket)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+    fingerprint = job.spec.data.fingerprint()
+
+    shutil.copy(folder / "art/000.png", tmp_path / "other.png")
+    there.replace("art/001.png", (tmp_path / "other.png").read_bytes())
+    there.delete("art/069.png")
+    assert job.spec.data.fingerprint() != fingerprint
+    after = {p: p.stat().st_mtime_ns for p in fetch(bucket).rglob("*.png")}
+    assert len(after) == 69
+    changed = [p.name for p, time in after.items() if before[p] != time]
+    assert changed == ["001.png"], "the others are not fetched again"
+
+
+def test_an_empty_prefix_is_a_data_error(bucket):
+    with pytest.raises(DataError, match="there is nothing"):
+        stamps(bucket)
+
+
+def test_a_vanished_object_is_a_conflict(bucket):
+    with pytest.raises(LedgerConflict, match="vanished"):
+        open_store(bucket).move("runs/none", "quarantine/none")
