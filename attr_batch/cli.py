@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     add_job("status", _status, "show what is done, running, failed and waiting", True)
     report = add_job("report", _report, "write attribution and report from the ledger", True)
     report.add_argument("--provisional", action="store_true", help="although some are missing")
+    for sub in (run, report):
+        sub.add_argument(
+            "--period",
+            metavar="LABEL",
+            help="note in the store that this is the period's report; auto: this month, 2026-11",
+        )
+    add_job("periods", _periods, "list the periods of a store: their reports, what to pin", True)
     validate = add_job(
         "validate", _validate, "judge the attribution by models that are really retrained", True
     )
@@ -189,24 +198,68 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def _period(arguments: argparse.Namespace) -> str | None:
+    """Return the label of `--period`; `auto` is the UTC month in which the command began."""
+    label = arguments.period
+    if label is None:
+        return None
+    if arguments.provisional:
+        raise SpecError("a period's report is complete", "--period", "leave out --provisional")
+    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", label):
+        what = f"got {label[:80]!r}, wanted 1 to 64 letters, digits, dots, dashes and underscores"
+        raise SpecError(what, "--period", "for example --period 2026-11, or auto")
+    return time.strftime("%Y-%m", time.gmtime()) if label == "auto" else label
+
+
 # -- jobs -----------------------------------------------------------------------------------------
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from attr_batch.results import check_period, publish_period
     from attr_batch.runner import run
 
     shard, shards = _shard(arguments.shard)
+    period = _period(arguments)
     job = _open(arguments)
+    if period is not None:
+        check_period(job, period)
     attribution = run(job, shard, shards, arguments.provisional)
+    if period is not None:
+        publish_period(job, period, ours=attribution is not None)
     if attribution is not None:
         _show_results(job, attribution, arguments)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from attr_batch.results import publish
+    from attr_batch.results import check_period, publish, publish_period
 
+    period = _period(arguments)
     job = _open(arguments)
-    _show_results(job, publish(job, arguments.provisional), arguments)
+    if period is not None:
+        check_period(job, period)
+    attribution = publish(job, arguments.provisional)
+    if period is not None:
+        publish_period(job, period)
+    _show_results(job, attribution, arguments)
+
+
+def _periods(arguments: argparse.Namespace) -> None:
+    from attr_batch.ledger import Ledger
+    from attr_batch.results import periods
+    from attr_batch.spec import load
+
+    spec = load(arguments.job, arguments.overrides)
+    ledger = Ledger(spec.store)
+    found = periods(ledger, spec)
+    if arguments.json:
+        _print_json(found)
+        return
+    for period in found:
+        changed = "" if period["intact"] else "  (gone or replaced since)"
+        print(f"{period['label']}  {period['name']}  spec {period['spec'][:12]}{changed}")
+        print(f"  {ledger.store.place(period['report'] + '/index.html')}")
+        for path, thing_id in period["set"].items():
+            print(f"  --set {path}={thing_id}")
 
 
 def _show_results(job: Any, attribution: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 from attr_batch import __version__, ops
 
-PACKAGES = ("torch", "diffusers", "torch-pruning", "numpy", "scipy", "pydantic", "mlflow")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "torch-pruning",
+    "numpy",
+    "scipy",
+    "pydantic",
+    "mlflow",
+    "obstore",
+)
 
 
 def facts() -> dict[str, dict[str, Any]]:
@@ -49,7 +58,9 @@ def facts() -> dict[str, dict[str, Any]]:
         "devices": devices,
         "ops": native,
         "weights": {"shipped": "none: every model and classifier is made from the job's own data"},
-        "MLflow": {"default": "SQLite in the job's store; `tracking.uri` names a server"},
+        "MLflow": {
+            "default": "SQLite in the job's store; tracking.uri or $MLFLOW_TRACKING_URI names a server"
+        },
         "disk": {"free here": f"{free / 2**30:.1f} GiB", "folder": str(Path.cwd())},
     }
 

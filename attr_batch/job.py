@@ -34,6 +34,7 @@ from attr_batch.spec import JobSpec
 Subject = Literal["derived", "trained", "pruned", "untrained"]
 GIVE_UP_AFTER = 2  # replicates tried in place of one that diverges each time
 STATISTICS = "sums.json"
+_IDS_HINT = "`attr-batch status` of the job that fitted it prints the id beside the property"
 SUBSTITUTE = 1000  # replicate numbers of substitutes: far from every planned one
 
 
@@ -171,7 +172,6 @@ class Job:
         Raises all problems at once, as the error of the first.
         """
         self.ledger.store.check()
-        images = sum(c.images for c in self.card.roster.contributors)
         checks = [
             self._check_roster,
             self._check_continues,
@@ -180,11 +180,7 @@ class Job:
             lambda: self.spec.counterfactual.check(self.spec.model),
         ]
         for i, prop in enumerate(self.spec.properties):
-            checks.append(
-                lambda prop=prop, i=i: prop.check(
-                    self.card.label_names, where=f"properties.{i}", images=images
-                )
-            )
+            checks.append(partial(self._check_property, prop, f"properties.{i}"))
         if "validation" in self.spec.model_fields_set:
             checks.append(self.check_validation)
         _raise_together(checks)
@@ -230,11 +226,54 @@ class Job:
             hint = "`attr-batch status` of the job that trained it prints the id"
             raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
         made = self.ledger.fact(f"bases/{self.dense_id}/manifest.json") or {}
+        if made["inputs"].get("stage") == "pruned":
+            what = "is a pruned model's id, wanted a trained one's"
+            raise SpecError(what, "model.base", f"it was pruned from {made['inputs']['dense']}")
         theirs, ours = made["inputs"]["model"], self.model_inputs
         differ = [key for key in self.architecture if theirs.get(key) != ours.get(key)]
         if differ:
             what = f"the base was made with another {', '.join(differ)}"
             raise SpecError(what, "model.base", "describe the model as the base's job did")
+
+    def _check_property(self, prop: Property, where: str) -> None:
+        labels: Sequence[str] = self.card.label_names
+        images: int | None = sum(c.images for c in self.card.roster.contributors)
+        if prop.fitted is not None:  # what it was fitted to decides, whatever the data are now
+            labels, images = self._check_fitted(prop, f"{where}.fitted")["labels"], None
+        prop.check(tuple(labels), where=where, images=images)
+
+    def _check_fitted(self, prop: Property, where: str) -> dict[str, Any]:
+        """Check a property's pin; return the recipe of the data that it was fitted to."""
+        made = self.ledger.fact(f"properties/{prop.fitted}/manifest.json")
+        if made is None:
+            hint = "`attr-batch status` of the job that fitted it prints the id"
+            raise DataError(f"no instrument {prop.fitted!r} in the store", where, hint)
+        inputs, instrument = made["inputs"], prop.instrument()
+        theirs, ours = inputs.get("instrument"), instrument.recipe() if instrument else {}
+        if theirs is None:
+            raise SpecError("is the id of something else than an instrument", where, _IDS_HINT)
+        if theirs["kind"] != ours["kind"]:
+            what = f"is the id of a {theirs['kind']}, wanted a {ours['kind']}"
+            raise SpecError(what, where, _IDS_HINT)
+        differ = [
+            f"{key} {theirs.get(key)}, not {ours[key]}"
+            for key in ours
+            if theirs.get(key) != ours[key]
+        ]
+        if differ:
+            what = f"was fitted with {', '.join(differ)}"
+            raise SpecError(what, where, "describe the property as the job did that fitted it")
+        if inputs["data"]["shape"] != self.card.recipe()["shape"]:
+            what = f"was fitted to images of shape {inputs['data']['shape']}"
+            raise SpecError(what, where, f"the data have {self.card.recipe()['shape']}")
+        return inputs["data"]
+
+    def unseen_labels(self, prop: Property) -> list[str]:
+        """Return the data's labels that a property's pinned classifier does not know."""
+        if prop.fitted is None or not isinstance(prop.instrument(), LabelClassifier):
+            return []
+        known = self.ledger.card("properties", prop.fitted)["labels"]
+        return [label for label in self.card.label_names if label not in known]
 
     # -- ids and keys -----------------------------------------------------------------------------
 
@@ -354,12 +393,11 @@ class Job:
         return self.spec.resources.workers or default
 
     def instrument_id(self, prop: Property) -> str:
-        """Return the id of what `prop` needs fitted; '' if it needs nothing."""
+        """Return the id of what `prop` needs fitted: pinned, or its inputs' digest; '' for none."""
         instrument = prop.instrument()
         if instrument is None:
             return ""
-        inputs = self.instrument_inputs(instrument)
-        return digest(inputs)
+        return prop.fitted or digest(self.instrument_inputs(instrument))
 
     def instrument_inputs(self, instrument: Instrument) -> dict[str, Any]:
         """Return what a fitted instrument depends on."""
@@ -566,7 +604,7 @@ class Job:
             "pruning": spec.pruning.recipe(),
             "counterfactual": spec.counterfactual.recipe(),
             "sampling": spec.sampling.recipe(),
-            "properties": {prop.name: prop.recipe() for prop in spec.properties},
+            "properties": {prop.name: _pinned_recipe(prop) for prop in spec.properties},
             "order": [prop.name for prop in spec.properties],
             "endpoints": spec.endpoints,
             "estimator": self._estimator_recipe(),
@@ -607,6 +645,12 @@ class Job:
     def report_name(self) -> str:
         """Name of the report's folder: results of another numerics class are other results."""
         return f"reports/{self.spec_digest}-{digest(self.numerics)[:12]}"
+
+
+def _pinned_recipe(prop: Property) -> dict[str, Any]:
+    """Return a property's recipe with its pin, if it has one."""
+    recipe = prop.recipe()
+    return recipe if prop.fitted is None else {**recipe, "fitted": prop.fitted}
 
 
 def _plan_line(evaluation: Evaluation) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     runs/<key>/<property>-<digest>.json one measured utility: it exists <=> it is done
     runs/<key>/derivation.json, grid.png, samples.safetensors, diverged.json
     reports/<spec digest>/              derived from the above, can be made again at any time
+    periods/<label>.json                which report is a period's, and what to pin in the next
     work/  failures/                    checkpoints, heartbeats, what went wrong: the mutable places
 
 A fact is published once (see `store`): readers see all of it or nothing, and the first published
@@ -106,15 +107,48 @@ class Heartbeat:
 
     @property
     def alive(self) -> bool:
-        """Younger than three ticks; on this host also: its process still exists."""
+        """Younger than three ticks; on this host also: its process still exists.
+
+        One from the future, of a clock that was set, counts as dead: else it would block for long.
+        """
         if self.host == _host() and _process_start(self.pid) != self.process_start:
             return False
-        return time.time() - self.time < ALIVE_SECONDS
+        return abs(time.time() - self.time) < ALIVE_SECONDS
 
     @property
     def mine(self) -> bool:
         """Whether this very process wrote it."""
         return self.token == _TOKEN
+
+
+def _beat_name(name: str) -> str:
+    return f"work/heartbeats/{name}.json"
+
+
+def _beat(name: str, phase: str, done: int, total: int) -> bytes:
+    """Return this process's heartbeat for `name`."""
+    pid = os.getpid()
+    beat = {
+        "name": name,
+        "phase": phase,
+        "done": done,
+        "total": total,
+        "host": _host(),
+        "pid": pid,
+        "process_start": _process_start(pid),
+        "token": _TOKEN,
+        "time": time.time(),
+    }
+    return canonical(beat)
+
+
+def _read_beat(data: bytes) -> Heartbeat | None:
+    """Return a heartbeat if it is whole and live."""
+    try:
+        beat = Heartbeat(**json.loads(data))
+        return beat if beat.alive else None
+    except (ValueError, TypeError):
+        return None
 
 
 def _host() -> str:
@@ -210,6 +244,26 @@ class Ledger:
                 data = self.store.read(f"plans/{name}") or b""
                 found[name] = _plan_lines(data, self.store.place(f"plans/{name}"))
         return found
+
+    # -- periods ----------------------------------------------------------------------------------
+
+    def period_name(self, label: str) -> str:
+        """Return the name of the fact which report is a period's."""
+        return f"periods/{label}.json"
+
+    def periods(self) -> dict[str, dict[str, Any]]:
+        """Return every period by its label, in the order of the labels.
+
+        LedgerConflict if one is damaged: what it needs cannot be known.
+        """
+        children = [n for n in self.store.children("periods") if not is_temporary(n)]
+        names = {n.removesuffix(".json"): f"periods/{n}" for n in children}
+        facts = self.facts(names.values())
+        return {
+            label: self.owned(name, fact, label=label)
+            for label, name in names.items()
+            if (fact := facts[name]) is not None
+        }
 
     # -- things made once: bases and fitted properties --------------------------------------------
 
@@ -324,28 +378,19 @@ class Ledger:
 
     def beat(self, name: str, phase: str, done: int = 0, total: int = 0) -> None:
         """Say that this process works on `name`."""
-        pid = os.getpid()
-        beat = {
-            "name": name,
-            "phase": phase,
-            "done": done,
-            "total": total,
-            "host": _host(),
-            "pid": pid,
-            "process_start": _process_start(pid),
-            "token": _TOKEN,
-            "time": time.time(),
-        }
-        self.store.replace(f"work/heartbeats/{name}.json", canonical(beat))
+        self.store.replace(_beat_name(name), _beat(name, phase, done, total))
 
     def claim(self, name: str, phase: str) -> bool:
         """Begin to work on `name` unless another live process does; True if it is ours.
 
-        Of two that begin at the same moment the later writer keeps it. A lost race costs double
-        work of a run, whose results are published once whoever is first; what must not be made
-        twice at the same time also takes the store's `lock`.
+        Of two that take over from a dead process at the same moment the later writer keeps it. A
+        lost race costs double work of a run, whose results are published once whoever is first;
+        what must not be made twice at the same time also takes the store's `lock`.
         """
-        if self.heartbeat(name) is not None:
+        data = self.store.read(_beat_name(name))
+        if data is None:
+            return self.store.publish(_beat_name(name), _beat(name, phase, 0, 0))
+        if _read_beat(data) is not None:
             return False
         self.beat(name, phase)
         time.sleep(CLAIM_SECONDS)
@@ -354,16 +399,12 @@ class Ledger:
 
     def rest(self, name: str) -> None:
         """Say that nobody works on `name` any more."""
-        self.store.delete(f"work/heartbeats/{name}.json")
+        self.store.delete(_beat_name(name))
 
     def heartbeat(self, name: str) -> Heartbeat | None:
         """Return the live heartbeat of `name`, or None."""
-        data = self.store.read(f"work/heartbeats/{name}.json")
-        try:
-            beat = None if data is None else Heartbeat(**json.loads(data))
-            return beat if beat is not None and beat.alive else None
-        except (ValueError, TypeError):
-            return None
+        data = self.store.read(_beat_name(name))
+        return None if data is None else _read_beat(data)
 
     def heartbeats(self) -> list[str]:
         """Return the names of all heartbeats, live or not."""
@@ -406,7 +447,7 @@ class Ledger:
     def bad_files(self) -> list[tuple[str, str]]:
         """Return (name, reason) of every file that is no intact fact where a fact should be."""
         bad: list[tuple[str, str]] = []
-        for family in ("specs", "runs", "bases", "properties", "plans"):
+        for family in ("specs", "runs", "bases", "properties", "plans", "periods"):
             # Per child: itself under "", an empty folder under "/", what is below under "/<name>".
             children: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
             for name, size in self.store.walk(family).items():
@@ -424,7 +465,7 @@ class Ledger:
         self, family: str, child: str, files: dict[str, int | None]
     ) -> list[tuple[str, str]]:
         name = f"{family}/{child}"
-        if family in ("specs", "plans"):
+        if family in ("specs", "plans", "periods"):
             plain = files.get("") is not None and child.endswith((".json", ".jsonl"))
             return self._judge_file(name, plain)
         if "" in files:
@@ -471,9 +512,14 @@ class Ledger:
     def unneeded(self, forget: list[str]) -> list[tuple[str, int]]:
         """Return (name, bytes) of what no plan refers to, `forget`-ed specs left out of account.
 
-        LedgerConflict while a plan is damaged. Only what is named by a digest is ever dropped.
+        A period keeps its report, and what the next one may pin. LedgerConflict while a plan or a
+        period is damaged. Only what is named by a digest is ever dropped.
         """
         needed: set[str] = set()
+        for period in self.periods().values():
+            needed |= {period["report"], self.spec_name(period["spec"])}
+            needed |= {f"bases/{base}" for base in period["bases"].values()}
+            needed |= {f"properties/{thing}" for thing in period["fitted"].values()}
         dropped: list[str] = []
         for name, (head, *lines) in self.plans().items():
             spec = str(head["spec"])

@@ -5,30 +5,33 @@ Everything is derived from the files of the ledger at the moment of asking; noth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from attr_batch.errors import AttrBatchError
+from attr_batch.errors import AttrBatchError, LedgerConflict
 from attr_batch.estimators import Attribution
 from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
 from attr_batch.facts import Facts
 from attr_batch.job import Evaluation, Job
-from attr_batch.ledger import DERIVATION, SAMPLES
+from attr_batch.ledger import DERIVATION, SAMPLES, Files
 from attr_batch.predecessor import Predecessor
+from attr_batch.spec import validate
 from attr_batch.studies import Studies
 
-MODELS = "the coalitions' models"
+MODELS, INSTRUMENTS = "the coalitions' models", "fitted instruments"
 # Which sections of the resolved spec each kind of thing depends on.
 _MODEL = ("recipe_version", "numerics", "seed", "data", "model")
 DEPENDS = {
     "the trained model": _MODEL,
     "the pruned model": (*_MODEL, "pruning"),
-    "fitted instruments": ("recipe_version", "numerics", "seed", "data", "properties"),
+    INSTRUMENTS: ("recipe_version", "numerics", "seed", "data", "properties"),
     MODELS: (*_MODEL, "pruning", "counterfactual", "sampling"),
     "which coalitions": ("data", "estimator"),
     "the values": ("properties",),
 }
+NOTHING_NEW = "how results are read; nothing is evaluated anew"
 
 
 def status(job: Job) -> dict[str, Any]:
@@ -55,7 +58,15 @@ def status(job: Job) -> dict[str, Any]:
         "spec_digest": job.spec_digest,
         "store": str(job.ledger),
         "numerics": job.numerics,
-        "bases": {"trained": _thing(job, job.dense_id), "pruned": _thing(job, job.pruned_id)},
+        "bases": {
+            "trained": _thing(job, "bases", job.dense_id),
+            "pruned": _thing(job, "bases", job.pruned_id),
+        },
+        "fitted": {
+            prop.name: _thing(job, "properties", thing_id)
+            for prop in job.spec.properties
+            if (thing_id := job.instrument_id(prop))
+        },
         "evaluations": {"planned": len(rows), **counts},
         "validation": _validation(job),
         "stopping": _stopping(facts),
@@ -99,8 +110,8 @@ def _failure(job: Job, evaluation: Evaluation) -> dict[str, Any]:
     return {"what": evaluation.title, "key": evaluation.key, "message": failure.get("message")}
 
 
-def _thing(job: Job, thing_id: str) -> dict[str, Any]:
-    return {"id": thing_id, "made": job.ledger.has_thing("bases", thing_id)}
+def _thing(job: Job, family: str, thing_id: str) -> dict[str, Any]:
+    return {"id": thing_id, "made": job.ledger.has_thing(family, thing_id)}
 
 
 # -- what is new, and why -------------------------------------------------------------------------
@@ -116,8 +127,7 @@ def plan(job: Job) -> dict[str, Any]:
     planned = [planned for planned, _ in facts.rows] if over else job.plan
     files = job.survey(planned)
     done = {e.key: job.done(e, files) for e in planned}
-    missing = [e for e in planned if not done[e.key]]
-    kept = [e for e in missing if SAMPLES in files(job.settled(e, files).key)]
+    found = _counted(job, planned, files)
     things = {
         "trained model": job.ledger.has_thing("bases", job.dense_id),
         "pruned model": job.ledger.has_thing("bases", job.pruned_id),
@@ -127,7 +137,7 @@ def plan(job: Job) -> dict[str, Any]:
         },
     }
     per_evaluation = facts.seconds_per_evaluation
-    new = len(missing) - len(kept)
+    new = found["new"]
     return {
         "name": job.spec.name,
         "spec_digest": job.spec_digest,
@@ -143,20 +153,27 @@ def plan(job: Job) -> dict[str, Any]:
             }
             for e in planned
         ],
-        "evaluations": {
-            "planned": len(planned),
-            "reused": len(planned) - len(missing),
-            "only measured": len(kept),
-            "new": new,
-        },
+        "evaluations": found,
         "things": things,
         "continues": continued(job),
-        "new_because": reasons(job) if missing or not all(things.values()) else None,
+        "new_because": reasons(job) if not (all(done.values()) and all(things.values())) else None,
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else new * per_evaluation / job.workers,
         "bytes_expected": new * _bytes_per_evaluation(job),
         "stopping": _stopping(facts),
         "half_width": _predicted_half_width(facts),
+    }
+
+
+def _counted(job: Job, planned: Sequence[Evaluation], files: Files) -> dict[str, int]:
+    """Return how many of these evaluations are there, have their samples at least, or are new."""
+    missing = [e for e in planned if not job.done(e, files)]
+    kept = sum(SAMPLES in files(job.settled(e, files).key) for e in missing)
+    return {
+        "planned": len(planned),
+        "reused": len(planned) - len(missing),
+        "only measured": kept,
+        "new": len(missing) - kept,
     }
 
 
@@ -241,15 +258,18 @@ def _planned_pairs(job: Job) -> int:
 
 
 def reasons(job: Job) -> dict[str, Any]:
-    """Compare with the nearest earlier spec in the store: which paths differ, what that makes."""
+    """Compare with the nearest earlier spec in the store: which paths differ, what that makes.
+
+    `pins`: what, set in the spec, would keep what other data make new; None where nothing would.
+    """
     mine = flat({**job.content, "numerics": job.numerics})
-    best: tuple[int, str, list[dict[str, Any]]] | None = None
+    best: tuple[dict[str, Any], str, list[dict[str, Any]]] | None = None
     for head in _earlier(job):
         fact = job.ledger.fact(job.ledger.spec_name(head["spec"])) or {}
         theirs = flat({**fact["content"], "numerics": head["numerics"]})
         paths = [p for p in sorted({*theirs, *mine}) if theirs.get(p) != mine.get(p)]
-        if best is None or len(paths) < best[0]:
-            same = _same_bases(job, head)
+        if best is None or len(paths) < len(best[2]):
+            same = _same_things(job, head)
             differences = [
                 {
                     "path": path,
@@ -259,10 +279,12 @@ def reasons(job: Job) -> dict[str, Any]:
                 }
                 for path in paths
             ]
-            best = (len(paths), f"{fact['name']} ({head['spec'][:12]})", differences)
+            best = (head, f"{fact['name']} ({head['spec'][:12]})", differences)
     if best is None:
-        return {"against": None, "differences": []}
-    return {"against": best[1], "differences": best[2]}
+        return {"against": None, "differences": [], "pins": None}
+    head, against, differences = best
+    pins = _pins(job, head, [d["path"] for d in differences])
+    return {"against": against, "differences": differences, "pins": pins}
 
 
 def _earlier(job: Job) -> Iterator[dict[str, Any]]:
@@ -271,14 +293,21 @@ def _earlier(job: Job) -> Iterator[dict[str, Any]]:
             yield lines[0]
 
 
-def _same_bases(job: Job, head: dict[str, Any]) -> list[str]:
-    """Return which models are those of the earlier job although data may differ: `model.base`."""
+def _same_things(job: Job, head: dict[str, Any]) -> list[str]:
+    """Return what is that of the earlier job although data may differ: it is pinned."""
     names = ("the trained model", "the pruned model")
     ours = (job.dense_id, job.pruned_id)
-    return [name for name, a, b in zip(names, head["bases"], ours, strict=True) if a == b]
+    same = [name for name, a, b in zip(names, head["bases"], ours, strict=True) if a == b]
+    return [*same, INSTRUMENTS] if job.instruments.keys() <= {*head["properties"]} else same
+
+
+def _is_pin(path: str) -> bool:
+    return path == "model.base" or (path.startswith("properties.") and path.endswith(".fitted"))
 
 
 def _makes_new(path: str, same: Sequence[str]) -> list[str]:
+    if _is_pin(path) and path != "model.base" and INSTRUMENTS in same:
+        return []
     found = [what for what, on in DEPENDS.items() if path.split(".")[0] in on and what not in same]
     if "the pruned model" in same and MODELS in found:  # a run depends on its members only
         at = found.index(MODELS)
@@ -287,6 +316,57 @@ def _makes_new(path: str, same: Sequence[str]) -> list[str]:
         elif path.startswith("data."):
             found[at] += " with these images"
     return found
+
+
+def _pins(job: Job, head: dict[str, Any], differing: Sequence[str]) -> dict[str, Any] | None:
+    """Return {path: value} that would keep what other data make new, and how much it keeps.
+
+    None where the data are the same, and where the models are new for another reason as well.
+    """
+    paths = {path for path in differing if path.split(".")[0] in _MODEL} - {"model.base"}
+    if not paths or not all(path.startswith("data.") for path in paths):
+        return None
+    settings: dict[str, str] = {}
+    if head["bases"][0] != job.dense_id:
+        settings["model.base"] = head["bases"][0]
+    fitted = {thing_id: _fitted_as(job, thing_id) for thing_id in head["properties"]}
+    for i, prop in enumerate(job.spec.properties):
+        instrument = prop.instrument()
+        for thing_id, recipe in fitted.items():
+            same = instrument is not None and recipe == instrument.recipe()
+            if same and thing_id != job.instrument_id(prop):
+                settings[f"properties.{i}.fitted"] = thing_id
+    now, best = _counted(job, job.plan, job.survey(job.plan)), None
+    for more in ({}, {"estimator.continues": head["spec"]}):
+        with contextlib.suppress(AttrBatchError):  # it does not fit, or is damaged
+            other = _with(job, {**settings, **more})
+            then = _counted(other, other.plan, other.survey(other.plan))
+            if then["new"] < now["new"]:
+                now, best = then, {"set": {**settings, **more}, "evaluations": then}
+    return best
+
+
+def _fitted_as(job: Job, thing_id: str) -> dict[str, Any] | None:
+    """Return the recipe of a fitted instrument; None if it is not one, not there or damaged."""
+    with contextlib.suppress(LedgerConflict):
+        manifest = job.ledger.fact(f"properties/{thing_id}/manifest.json")
+        return None if manifest is None else manifest["inputs"].get("instrument")
+    return None
+
+
+def _with(job: Job, settings: Mapping[str, str]) -> Job:
+    """Return the job with these paths of its spec set, checked."""
+    tree = job.spec.model_dump(mode="json", exclude_unset=True)
+    for path, value in settings.items():
+        *way, last = path.split(".")
+        node: Any = tree
+        for key in way:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        node[last] = value
+    other = Job(validate(tree))
+    other.card = job.card
+    other.check()
+    return other
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -310,8 +390,16 @@ def reasons_text(found: dict[str, Any]) -> list[str]:
         return [f"the same as {found['against']}: nothing but unfinished work is new"]
     lines = [f"new against {found['against']} because of"]
     for d in found["differences"]:
-        effect = ", ".join(d["makes_new"]) or "how results are read; nothing is evaluated anew"
+        kept = "keeps what" if _is_pin(d["path"]) else "how results are read; nothing"
+        effect = ", ".join(d["makes_new"]) or nothing
         lines.append(f"  {d['path']}: {_brief(d['was'])} -> {_brief(d['is'])}  ({effect})")
+    if found["pins"] is not None:
+        e = found["pins"]["evaluations"]
+        lines.append(
+            f"  {e['reused']} of {e['planned']} evaluations would be reused, "
+            f"{e['only measured']} only measured, {e['new']} new with"
+        )
+        lines += [f"    --set {path}={value}" for path, value in found["pins"]["set"].items()]
     return lines
 
 
@@ -393,10 +481,11 @@ def status_text(facts: dict[str, Any]) -> str:
     """Lay out what `status` found."""
     e = facts["evaluations"]
     lines = [f"{facts['name']}  spec {facts['spec_digest'][:12]}  store {facts['store']}"]
-    for name, base in facts["bases"].items():
-        lines.append(
-            f"{name + ' model':<14}{'made' if base['made'] else 'not made yet'}  {base['id']}"
-        )
+    things = [(f"{name} model", base, "") for name, base in facts["bases"].items()]
+    things += [("fitted", fitted, f"  {name}") for name, fitted in facts["fitted"].items()]
+    for name, thing, whose in things:
+        made = "made" if thing["made"] else "not made yet"
+        lines.append(f"{name:<14}{made}  {thing['id']}{whose}")
     lines.append(
         f"{'evaluations':<14}{e['done']} of {e['planned']} done, {e['running']} running, "
         f"{e['failed']} failed, {e['waiting']} waiting"

@@ -54,6 +54,7 @@ __all__ = [
 
 # Under this name a value file lies in the ledger; what it is called changes no number.
 FileName = Annotated[str, UNHASHED, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
+InstrumentId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 # Whatever the user's own code raises is a mistake in the spec's terms, sys.exit() included.
@@ -72,10 +73,20 @@ class Measurement:
             raise NumericsError(f"measured {self.value} with standard error {self.stderr}")
 
 
+class _Fitted(Part):
+    """A property that is read with an instrument fitted once, to all contributors' images."""
+
+    # No part of the recipe: the instrument's id is in every digest, whether pinned or found.
+    fitted: Annotated[InstrumentId | None, UNHASHED] = Field(
+        default=None,
+        description="Id of a fitted instrument to use as it is, whatever the data are now.",
+    )
+
+
 # -- with clusters --------------------------------------------------------------------------------
 
 
-class ClusterEntropy(Part):
+class ClusterEntropy(_Fitted):
     """Diversity: entropy in nats of the images' histogram over clusters of all training images.
 
     The paper's measure for CelebA-HQ, with clusters of pixels in place of BLIP embeddings; needs no
@@ -130,7 +141,7 @@ class ClusterEntropy(Part):
 # -- with the classifier --------------------------------------------------------------------------
 
 
-class _Classified(Part):
+class _Classified(_Fitted):
     """A property read from the labels' classifier."""
 
     classifier: LabelClassifier = Field(
@@ -307,6 +318,7 @@ class Call(Part):
     )
     groups: int = Field(default=10, ge=2, le=1000, description="Parts of the jackknife.")
 
+    fitted: ClassVar[None] = None
     unit: ClassVar[str] = ""
 
     @property

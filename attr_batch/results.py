@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import textwrap
@@ -33,10 +34,11 @@ from attr_batch.errors import (
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
 from attr_batch.facts import Agenda, Facts, one_thread
 from attr_batch.job import Evaluation, Job
-from attr_batch.ledger import REPAIR_HINT
+from attr_batch.ledger import REPAIR_HINT, Ledger
 from attr_batch.log import say, warn
 from attr_batch.properties import Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, digest
+from attr_batch.spec import JobSpec
 
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
 SHOWN_COALITIONS = 4
@@ -156,13 +158,8 @@ def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dic
     old = job.ledger.store.read(name) or b""
     if old == data:
         return attribution
-    try:
-        published = json.loads(old)
-        version = published["attributions"][0]["version"]
-        _ = [a["coalitions"]["failed"] for a in published["attributions"]]
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise LedgerConflict("torn or foreign file", place, REPAIR_HINT) from None
-    gaps = any(a["coalitions"]["failed"] for a in published["attributions"])
+    published, gaps = _published(old, place)
+    version = published["attributions"][0]["version"]
     if version != __version__ or gaps:
         why = "had gaps" if gaps else f"was made by version {version}"
         warn(f"{place} {why}: replaced")
@@ -171,6 +168,17 @@ def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dic
     if _close(published, attribution):
         return published
     raise LedgerConflict("differs from what the value files say now", place, REPAIR_HINT)
+
+
+def _published(data: bytes, place: str) -> tuple[dict[str, Any], bool]:
+    """Return a published attribution, and whether it was made with values missing."""
+    try:
+        published = json.loads(data)
+        _ = published["attributions"][0]["version"]
+        failed = [a["coalitions"]["failed"] for a in published["attributions"]]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise LedgerConflict("torn or foreign file", place, REPAIR_HINT) from None
+    return published, any(failed)
 
 
 def damaged_report(job: Job) -> str | None:
@@ -196,6 +204,68 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=SAME, abs_tol=SAME)
     return a == b
+
+
+# -- periods --------------------------------------------------------------------------------------
+
+
+def check_period(job: Job, label: str) -> None:
+    """Raise LedgerConflict, before any work, if `label` stands for the report of another spec."""
+    told = job.ledger.fact(job.ledger.period_name(label))
+    if told is not None and told.get("report") != job.report_name:
+        raise _another_report(job, label)
+
+
+def publish_period(job: Job, label: str, *, ours: bool = True) -> None:
+    """Say in periods/<label>.json which report is this period's; the first that is said stays.
+
+    The fact holds where the report lies, the sha256 of its attribution, and the ids that the next
+    period may pin. LedgerConflict if the label stands for another report. `ours`: this process
+    wrote the report. Else another shard may still be about to, unless it is there without gaps.
+    """
+    name = f"{job.report_name}/attribution.json"
+    attribution = job.ledger.store.read(name)
+    if attribution is None:
+        return
+    _, gaps = _published(attribution, job.ledger.store.place(name))
+    if gaps and not ours:
+        return
+    fact = {
+        "label": label,
+        "name": job.spec.name,
+        "spec": job.spec_digest,
+        "report": job.report_name,
+        "attribution_sha256": digest(attribution),
+        "numerics": job.numerics,
+        "bases": {"trained": job.dense_id, "pruned": job.pruned_id},
+        "fitted": {p.name: i for p in job.spec.properties if (i := job.instrument_id(p))},
+    }
+    told = job.ledger.publish_fact(job.ledger.period_name(label), fact)
+    if any(told.get(key) != fact[key] for key in ("label", "report", "attribution_sha256")):
+        raise _another_report(job, label)
+
+
+def _another_report(job: Job, label: str) -> LedgerConflict:
+    place = job.ledger.store.place(job.ledger.period_name(label))
+    hint = f"a period's report stays: take another label, for example --period {label[:60]}-2"
+    return LedgerConflict(f"period {label} has another report already", place, hint)
+
+
+def periods(ledger: Ledger, spec: JobSpec) -> list[dict[str, Any]]:
+    """Return every period of a store: its fact, whether its report is still that one, its pins.
+
+    `set` are the pins for this spec's next run as {path: id}.
+    """
+    found: list[dict[str, Any]] = []
+    for period in ledger.periods().values():
+        pins = {"model.base": period["bases"]["trained"]}
+        for i, prop in enumerate(spec.properties):
+            if prop.name in period["fitted"]:
+                pins[f"properties.{i}.fitted"] = period["fitted"][prop.name]
+        attribution = ledger.store.read(f"{period['report']}/attribution.json")
+        intact = attribution is not None and digest(attribution) == period["attribution_sha256"]
+        found.append({**period, "intact": intact, "set": pins})
+    return found
 
 
 # -- evidence and cost ----------------------------------------------------------------------------
@@ -325,6 +395,10 @@ def _warnings(facts: Facts) -> Iterator[str]:
         found = sorted({str(d["provenance"][field]) for d in facts.derivations.values()})
         if len(found) > 1:
             yield f"The values were made on several {what}: {', '.join(found)}."
+    for prop in facts.job.spec.properties:
+        if unseen := facts.job.unseen_labels(prop):
+            labels = ", ".join(unseen)
+            yield f"The classifier of {prop.name} was fitted before these labels came: {labels}."
     replaced = [planned.title for planned, run in facts.rows if planned.key != run.key]
     if replaced:
         yield f"Diverged and was done with another training seed: {', '.join(replaced)}."
@@ -483,7 +557,9 @@ class Mirror:
 
         self.job = job
         self._facts: Facts | None = None
-        work = job.ledger.work("mlflow").parent
+        if job.ledger.local_root is None:  # one key for all pods: the first one published stays
+            job.ledger.store.publish("work/pseudonym.key", secrets.token_bytes(32))
+        work = job.ledger.work("pseudonym.key").parent
         self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))
         self._thread: threading.Thread | None = None
         self._last = -math.inf

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -351,7 +352,8 @@ class Worker:
         self.agenda = Agenda(self.job)
         self._began = time.time()
         self._finished: set[str] = set()  # keys that are done or were tried, never to be looked at
-        self._surveyed = 0  # entries of the plan when it was last looked through as a whole
+        self._queue: deque[Evaluation] = deque()  # what may be next, in order
+        self._planned, self._helping = 0, False  # entries of the plan in it; others' parts, too
 
     def work(self, prepares: bool) -> None:
         """Make what is missing of what all share (or wait for it), then evaluate."""
@@ -405,30 +407,42 @@ class Worker:
     def _next(self) -> Evaluation | None:
         """Claim the next evaluation: own ones in order, then what others have not come to."""
         plan = self.agenda.work
-        for evaluation in (*plan[self.shard :: self.shards], *self._others(plan)):
-            if evaluation.key in self._finished:
-                continue
-            if self.stopped:
-                self._breathe()
-            if self.job.done(evaluation) or self._failed(evaluation):
-                self._finished.add(evaluation.key)
-            elif self.ledger.claim(evaluation.key, evaluation.title):
-                return evaluation
+        if self._planned != len(plan):
+            self._planned, self._helping = len(plan), False
+            self._queue = deque(plan[self.shard :: self.shards])
+        claimed_by_others: list[Evaluation] = []
+        try:
+            while self._queue or not self._helping:
+                if not self._queue:
+                    self._queue, self._helping = self._others(plan), True
+                    continue
+                evaluation = self._queue.popleft()
+                if evaluation.key in self._finished:
+                    continue
+                if self.stopped:
+                    self._breathe()
+                if self.job.done(evaluation) or self._failed(evaluation):
+                    self._finished.add(evaluation.key)
+                elif self.ledger.claim(evaluation.key, evaluation.title):
+                    return evaluation
+                else:
+                    claimed_by_others.append(evaluation)
+        finally:
+            self._queue.extend(claimed_by_others)  # they may die of it
         return None
 
-    def _others(self, plan: Sequence[Evaluation]) -> Iterator[Evaluation]:
-        """Yield the other workers' parts, each from its far end, the next lower worker's first.
+    def _others(self, plan: Sequence[Evaluation]) -> deque[Evaluation]:
+        """Return what is left of other workers' parts, each from its far end, after one survey.
 
-        So those who have nothing left to do do not all reach for the same evaluation. What is done
-        is looked up at once when the own part is through; what is left then, one by one.
+        The next lower worker's comes first: so those who have nothing left to do of their own do
+        not all reach for the same evaluation.
         """
-        if self._surveyed != len(plan):
-            left = [e for e in plan if e.key not in self._finished]
-            files = self.job.survey(left)
-            self._finished |= {e.key for e in left if self.job.done(e, files)}
-            self._surveyed = len(plan)
-        for step in range(1, self.shards):
-            yield from reversed(plan[(self.shard - step) % self.shards :: self.shards])
+        left = [e for e in plan if e.key not in self._finished]
+        files = self.job.survey(left)
+        self._finished |= {e.key for e in left if self.job.done(e, files)}
+        parts = ((self.shard - step) % self.shards for step in range(1, self.shards))
+        theirs = (e for part in parts for e in reversed(plan[part :: self.shards]))
+        return deque(e for e in theirs if e.key not in self._finished)
 
     def _failed(self, evaluation: Evaluation) -> bool:
         """Whether somebody tried it in vain since this run began."""
@@ -751,26 +765,29 @@ def run(
     own = part(job.plan, job.workers, shard, shards)
     left = missing(job, own)
     found = frozenset(e.key for e in own) - {e.key for e in left}
-    session, why = None, outlook.reasons(job) if shard == 0 else None
+    session, report = None, f"{job.report_name}/attribution.json"
+    why = outlook.reasons(job) if shard == 0 else None
     job.write_down(compare=shard == 0)
     mirror = results.Mirror(job) if shard == 0 else None
     with signals() as stopped:
         try:
-            whole = not left and complete(job)
-            if not whole:
+            if shards > 1 and not left and job.ledger.store.exists(report):
+                say(f"shard {shard} of {shards} has nothing to do: the report is written")
+                return None
+            if left or not complete(job):
                 announce(job, shard, shards, why)
                 evaluate(job, shard, shards, stopped, mirror.follow if mirror else lambda: None)
                 session = results.Session(time.monotonic() - started, found)
-                whole = complete(job)
-            if not whole and not provisional and _others_at_work(job, shards):
+            if shards > 1 and not provisional and _others_at_work(job):
                 say(f"shard {shard} of {shards} is done; others have work left")
                 if mirror is not None:
                     mirror.sync(None)
                 return None
-            if shards > 1 and not _reports(job, session):
-                say(f"shard {shard} of {shards} is done; another writes the report")
-                return None
-            attribution = results.publish(job, provisional, session)
+            with _reporting(job, shards) as ours:
+                if not ours:
+                    say(f"shard {shard} of {shards} is done; another writes the report")
+                    return None
+                attribution = results.publish(job, provisional, session)
         except BaseException as error:
             if mirror is not None:
                 told_to_go = isinstance(error, Interrupted)
@@ -810,22 +827,22 @@ def prepared(job: Job) -> bool:
     return all(job.ledger.has_thing(family, thing_id) for family, thing_id in job.things)
 
 
-def _others_at_work(job: Job, shards: int) -> bool:
+def _others_at_work(job: Job) -> bool:
     """Return whether some missing evaluation has not failed: another shard has it or will."""
-    if shards == 1:
-        return False
     left = {e.key for e in missing(job, Agenda(job).work)}
-    return not job.ledger.failed().issuperset(left)
+    return bool(left) and not job.ledger.failed().issuperset(left)
 
 
-def _reports(job: Job, session: results.Session | None) -> bool:
-    """Return whether this shard is to write the report of the complete job.
-
-    Not if there is one and this shard added nothing, nor while another writes it.
-    """
-    if session is None and job.ledger.store.exists(f"{job.report_name}/attribution.json"):
-        return False
-    return job.ledger.claim(f"report-{job.spec_digest}", "report")
+@contextlib.contextmanager
+def _reporting(job: Job, shards: int) -> Iterator[bool]:
+    """Say that this shard writes the report; False if another does: it would be the same."""
+    name = f"report-{job.spec_digest}"
+    ours = shards == 1 or job.ledger.claim(name, "report")
+    try:
+        yield ours
+    finally:
+        if shards > 1 and ours:
+            job.ledger.rest(name)
 
 
 def announce(job: Job, shard: int, shards: int, why: dict[str, Any] | None) -> None:

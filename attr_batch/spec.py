@@ -44,7 +44,8 @@ class Tracking(Part):
 
     enabled: bool = True
     uri: str | None = Field(
-        default=None, description="MLflow tracking URI; default: SQLite in the store."
+        default=None,
+        description="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else SQLite in the store.",
     )
     experiment: str = Field(default="attr-batch", min_length=1, max_length=200)
     contributors: Literal["pseudonyms", "names"] = Field(

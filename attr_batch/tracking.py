@@ -417,6 +417,7 @@ class Mirror:
             with self._locked(wait):
                 work()
         except _Left:
+            self._done.clear()  # some more may be there now
             return False
         except Exception as error:  # whatever a mirror's store throws, the work goes on
             self._again = time.monotonic() + PATIENCE
@@ -589,7 +590,8 @@ class Mirror:
     def _send_children(self, parent: str, snapshot: Snapshot) -> None:
         if self._done.issuperset(child.key for child in snapshot.children):
             return
-        found = self._find_children(parent)
+        # Looked for once, for they may be many: what comes in later is ours.
+        found = dict.fromkeys(self._done, "done") or self._find_children(parent)
         missing = [child for child in snapshot.children if found.get(child.key) != "done"]
 
         def send(child: Child) -> None:

@@ -52,6 +52,12 @@ def tiny(tmp_path: Path) -> Callable[..., Job]:
     return job
 
 
+@pytest.fixture(autouse=True)
+def _no_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests away from the tracking server of whoever runs them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     """Run a real S3 server."""

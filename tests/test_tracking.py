@@ -10,6 +10,7 @@ import shlex
 import socket
 import sqlite3
 import stat
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from sample_report import HOSTILE, SPEC_DIGEST, job, names
 
-from attr_batch import tracking
+from attr_batch import results, tracking
 from attr_batch.errors import SpecError, StoreError
 from attr_batch.spec import Tracking
 from attr_batch.tracking import Child, Mirror, Pseudonyms, Snapshot, pseudonym, secret_key
@@ -67,6 +68,11 @@ def snapshot(n=4, pairs=6, *, ids=None, finished=True, **spec) -> Snapshot:
         evidence=evidence if finished else None,
         cost=cost if finished else None,
     )
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "SECOND_CHANCE", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -493,3 +499,81 @@ def test_the_spec_decides_who_is_mirrored_and_how(tmp_path, monkeypatch):
     monkeypatch.setenv("PSEUDONYM_KEY", "")
     with pytest.raises(SpecError, match="not set"):
         built(key_env="PSEUDONYM_KEY")
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    """The address of a server that accepts and never answers; we wait a second for it, once."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_hangs_delays_neither_the_work_nor_a_signal(hanging, tiny, capsys):
+    mirror = results.Mirror(tiny(tracking={"uri": hanging}))
+    mirror.follow()
+    assert mirror._thread is not None
+    assert mirror._thread.is_alive()  # nobody waited for an answer
+    first = mirror._thread
+    mirror.follow()
+    assert mirror._thread is first
+    assert not mirror.end("KILLED", brief=True)
+    assert not first.is_alive()
+    assert "is not written: timed out" in capsys.readouterr().err
+
+
+def test_a_sync_on_its_way_is_left_and_taken_up_again(store, capsys):
+    mirror, shot = mirror_of(store), snapshot()
+    send, sent = mirror._send_child, []
+
+    def leave_at_the_third(parent, child, run_id):
+        sent.append(child.key)
+        if len(sent) == 3:
+            mirror.leaving.set()
+        send(parent, child, run_id)
+
+    mirror._send_child = leave_at_the_third
+    assert not mirror.sync(shot)
+    assert len(sent) == 3
+    mirror.leaving.clear()
+    assert mirror.end("FINISHED", shot)
+    assert sorted(sent) == sorted(child.key for child in shot.children)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_load_of_the_machine_is_the_parents(store):
+    mirror = mirror_of(store)
+    assert mirror.follow(snapshot(finished=False))
+    assert mirror.follow(snapshot(finished=False))
+    (parent,), children = runs_of(store)
+    load = {k: v for k, v in parent.data.metrics.items() if k.startswith("system/")}
+    assert 0 < load["system/system_memory_usage_percentage"] < 100
+    assert "system/cpu_utilization_percentage" in load
+    assert not any(key.startswith("system/") for c in children for key in c.data.metrics)
+
+
+def test_without_mlflows_monitors_there_is_no_load_and_no_harm(store, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    for name in [n for n in sys.modules if n.startswith("mlflow.system_metrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    mirror = mirror_of(store)
+    assert mirror.follow(snapshot(finished=False))
+    assert not any(key.startswith("system/") for key in runs_of(store)[0][0].data.metrics)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_mirror_is_where_the_spec_the_environment_or_the_store_says(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert results._tracking_uri(tiny(tracking={"uri": "http://spec"})) == "http://spec"
+    assert results._tracking_uri(tiny()) == "http://environment"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert results._tracking_uri(tiny()) == f"sqlite:///{tmp_path}/store/mlflow.db"
+
+
+def test_a_bucket_without_a_server_has_no_mirror(tmp_path, capsys):
+    assert tracking.mirror(Tracking(), SPEC_DIGEST, tmp_path, None) is None
+    assert "neither tracking.uri nor MLFLOW_TRACKING_URI names a server" in capsys.readouterr().err
+    assert tracking.mirror(Tracking(uri="http://host"), SPEC_DIGEST, tmp_path, None) is not None
