@@ -9,7 +9,7 @@ WHEELS ?=
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types bench gpu clean
+.PHONY: help setup demo test check format lint types bench gpu image cluster faults fuzz audit clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,13 +53,32 @@ types: setup
 	$(BIN)/pyright
 
 bench: setup ## run the benchmarks, write benchmarks/results/*.json
-	for name in estimators ops demo; do \
+	for name in estimators ops demo store mirror; do \
 	  $(BIN)/python benchmarks/$$name.py --json > benchmarks/results/$$name.new || exit 1; \
 	  mv benchmarks/results/$$name.new benchmarks/results/$$name.json; \
 	done
 
 gpu: ## on a CUDA machine: build, test, benchmark in 9 minutes (OUT=folder WHEELS=folder)
 	$(GPU_PYTHON) benchmarks/gpu.py --out '$(OUT)' $(if $(WHEELS),--wheels '$(WHEELS)')
+
+image: setup ## build the container image with podman and test it
+	docker/smoke.sh
+
+cluster: setup ## the manifests in real containers: Indexed-Job emulation (after make image)
+	$(BIN)/python tests/cluster/indexed_job.py --json > benchmarks/results/cluster.new
+	mv benchmarks/results/cluster.new benchmarks/results/cluster.json
+
+faults: setup ## kill, starve and damage real jobs in every way, write benchmarks/results/faults.json
+	$(BIN)/python -m tests.faults --out benchmarks/results/faults.json
+
+fuzz: setup ## 100,000 hostile inputs, write benchmarks/results/fuzz.json
+	$(BIN)/python benchmarks/fuzz.py --json > benchmarks/results/fuzz.new
+	mv benchmarks/results/fuzz.new benchmarks/results/fuzz.json
+
+audit: setup ## vulnerabilities, licences, integrity, pins of what is installed
+	@$(PYTHON) -m venv build/audit && \
+	  build/audit/bin/python -m pip install --quiet pip-audit==2.10.1 || true
+	$(BIN)/python tests/audit.py --pip-audit build/audit/bin/pip-audit
 
 clean: ## remove the environment and build outputs
 	rm -rf $(VENV) build *.egg-info attr_batch/*.so

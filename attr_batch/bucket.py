@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,8 @@ CONCURRENT = 64  # requests at a time
 FEW = 256  # folders that are listed one by one rather than by walking through all there are
 URL = re.compile(r"(s3|gs|az)://([^/?#@:]+)(?:/([^?#]*))?")
 # A request that fails (5xx, connection, time) is repeated with growing pauses for a minute.
-RETRIES, RETRY_SECONDS = 8, 60
+RETRIES, RETRY_SECONDS = 1000, 60  # the seconds decide
+PAUSES = 0.2, 5.0  # seconds: the first and the longest
 CLIENT = {"connect_timeout": "5s", "timeout": "30s"}
 LARGE = {"connect_timeout": "5s", "timeout": "15min"}  # a model's weights in one request
 FORBIDDEN = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set, and may they do this?"
@@ -90,7 +92,12 @@ class Bucket(Store):
 
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         client: Any = {**options, "allow_http": endpoint.startswith("http://")}
-        retry: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_SECONDS)}
+        first, longest = (timedelta(seconds=pause) for pause in PAUSES)
+        retry: Any = {
+            "max_retries": RETRIES,
+            "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+            "backoff": {"init_backoff": first, "max_backoff": longest, "base": 2},
+        }
         try:
             return from_url(self.location, client_options=client, retry_config=retry)
         except (BaseError, ValueError) as error:
@@ -169,15 +176,21 @@ class Bucket(Store):
 
     def _create(self, remote: Any, name: str, data: bytes | Path) -> bool:
         import obstore
-        from obstore.exceptions import AlreadyExistsError
+        from obstore.exceptions import AlreadyExistsError, GenericError
 
         path = "/".join(checked(name))
-        with self._answered(name):
-            try:
-                obstore.put(remote, path, data, mode="create")
-            except AlreadyExistsError:
-                return False  # or a repeated request of ours was answered at last: the same bytes
-            return True
+        last = time.monotonic() + RETRY_SECONDS
+        while True:
+            with self._answered(name):
+                try:
+                    obstore.put(remote, path, data, mode="create")
+                    return True
+                except AlreadyExistsError:
+                    return False  # or the answer to our first try was lost: the same bytes
+                except GenericError:  # a broken connection: the library repeats no create
+                    if RETRIES == 0 or time.monotonic() > last:
+                        raise
+            time.sleep(PAUSES[0])
 
     def replace(self, name: str, data: bytes) -> None:
         """Create or replace a mutable file: readers see the old bytes or the new ones."""

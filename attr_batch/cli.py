@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from attr_batch import __version__
 from attr_batch.errors import AttrBatchError, SpecError
-from attr_batch.log import say
+from attr_batch.log import plain, say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--provisional", action="store_true", help="report although evaluations are missing"
     )
+    run.add_argument("--prepare", action="store_true", help="only make what all coalitions share")
     add_job("check", _check, "check spec, data, model and properties before any work", True)
     add_job("plan", _plan, "show what a run would do, what it can reuse, and why not", True)
     add_job("pilot", _pilot, "measure how many images a coalition are worth their time", True)
@@ -169,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # a file's name may be no Unicode
 
 
 def _open(arguments: argparse.Namespace) -> Any:
@@ -216,11 +218,14 @@ def _period(arguments: argparse.Namespace) -> str | None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from attr_batch.results import check_period, publish_period
-    from attr_batch.runner import run
+    from attr_batch.runner import prepare, run
 
     shard, shards = _shard(arguments.shard)
     period = _period(arguments)
     job = _open(arguments)
+    if arguments.prepare:
+        prepare(job)
+        return
     if period is not None:
         check_period(job, period)
     attribution = run(job, shard, shards, arguments.provisional)
@@ -256,7 +261,7 @@ def _periods(arguments: argparse.Namespace) -> None:
         return
     for period in found:
         changed = "" if period["intact"] else "  (gone or replaced since)"
-        print(f"{period['label']}  {period['name']}  spec {period['spec'][:12]}{changed}")
+        print(plain(f"{period['label']}  {period['name']}  spec {period['spec'][:12]}{changed}"))
         print(f"  {ledger.store.place(period['report'] + '/index.html')}")
         for path, thing_id in period["set"].items():
             print(f"  --set {path}={thing_id}")
@@ -311,7 +316,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from attr_batch.outlook import plan, plan_text
 
     facts = plan(_open(arguments))
-    _print_json(facts) if arguments.json else print(plan_text(facts))
+    _print_json(facts) if arguments.json else print(plain(plan_text(facts)))
 
 
 def _pilot(arguments: argparse.Namespace) -> None:
@@ -325,7 +330,7 @@ def _status(arguments: argparse.Namespace) -> None:
     from attr_batch.outlook import status, status_text
 
     facts = status(_open(arguments))
-    _print_json(facts) if arguments.json else print(status_text(facts))
+    _print_json(facts) if arguments.json else print(plain(status_text(facts)))
 
 
 def _sync(arguments: argparse.Namespace) -> None:
@@ -356,10 +361,8 @@ def _repair(arguments: argparse.Namespace) -> None:
         _print_json(found)
         return
     for item in found:
-        print(
-            f"{item['file']}: {item['reason']}"
-            + (f" -> {item['moved_to']}" if item["moved_to"] else "")
-        )
+        moved = f" -> {item['moved_to']}" if item["moved_to"] else ""
+        print(plain(f"{item['file']}: {item['reason']}{moved}"))
     say(
         f"{len(found)} damaged or foreign files" + (" (nothing moved)" if arguments.dry_run else "")
     )
@@ -382,7 +385,7 @@ def _gc(arguments: argparse.Namespace) -> None:
         _print_json([{"name": name, "bytes": size} for name, size in dropped])
         return
     for name, size in dropped:
-        print(f"{size:>12,}  {name}")
+        print(plain(f"{size:>12,}  {name}"))
     total = sum(size for _, size in dropped)
     say(
         f"{len(dropped)} things, {total:,} bytes"

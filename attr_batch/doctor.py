@@ -59,7 +59,7 @@ def facts() -> dict[str, dict[str, Any]]:
         "ops": native,
         "weights": {"shipped": "none: every model and classifier is made from the job's own data"},
         "MLflow": {
-            "default": "SQLite in the job's store; tracking.uri or $MLFLOW_TRACKING_URI names a server"
+            "default": "SQLite in the store; tracking.uri or $MLFLOW_TRACKING_URI names a server"
         },
         "disk": {"free here": f"{free / 2**30:.1f} GiB", "folder": str(Path.cwd())},
     }

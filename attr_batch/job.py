@@ -34,7 +34,7 @@ from attr_batch.spec import JobSpec
 Subject = Literal["derived", "trained", "pruned", "untrained"]
 GIVE_UP_AFTER = 2  # replicates tried in place of one that diverges each time
 STATISTICS = "sums.json"
-_IDS_HINT = "`attr-batch status` of the job that fitted it prints the id beside the property"
+_IDS_HINT = "`attr-batch status` of the job that fitted it prints the id and the property"
 SUBSTITUTE = 1000  # replicate numbers of substitutes: far from every planned one
 
 
@@ -149,7 +149,8 @@ class Job:
             hint = "leave the data alone while a job runs; run again to begin with the new ones"
             raise DataError("the data are not what they were when the job began", "data", hint)
         if self.ledger.marked:  # only a run makes a store
-            with contextlib.suppress(DataError, StoreError):  # which others may only read
+            # Others may only read it, or put something else there: the card is but a cache.
+            with contextlib.suppress(DataError, StoreError, LedgerConflict):
                 self.ledger.store.replace(self._card_name, seal(asdict(card)))
         return dataset
 
@@ -159,7 +160,7 @@ class Job:
         try:
             cached = self.ledger.fact(self._card_name)
             return DataCard.from_json(cached) if cached else DataCard.of(self.dataset)
-        except (LedgerConflict, KeyError, TypeError):
+        except (LedgerConflict, ValueError):  # ValueError: an id twice
             return DataCard.of(self.dataset)
 
     @cached_property
@@ -222,14 +223,14 @@ class Job:
     def _check_base(self) -> None:
         if self.spec.model.base is None:
             return
-        if not self.ledger.has_thing("bases", self.dense_id):
+        inputs = self._inputs("bases", self.dense_id)
+        if inputs is None:
             hint = "`attr-batch status` of the job that trained it prints the id"
             raise DataError(f"no base {self.dense_id!r} in the store", "model.base", hint)
-        made = self.ledger.fact(f"bases/{self.dense_id}/manifest.json") or {}
-        if made["inputs"].get("stage") == "pruned":
+        if inputs["stage"] == "pruned":
             what = "is a pruned model's id, wanted a trained one's"
-            raise SpecError(what, "model.base", f"it was pruned from {made['inputs']['dense']}")
-        theirs, ours = made["inputs"]["model"], self.model_inputs
+            raise SpecError(what, "model.base", f"it was pruned from {inputs['dense']}")
+        theirs, ours = inputs["model"], self.model_inputs
         differ = [key for key in self.architecture if theirs.get(key) != ours.get(key)]
         if differ:
             what = f"the base was made with another {', '.join(differ)}"
@@ -244,11 +245,10 @@ class Job:
 
     def _check_fitted(self, prop: Property, where: str) -> dict[str, Any]:
         """Check a property's pin; return the recipe of the data that it was fitted to."""
-        made = self.ledger.fact(f"properties/{prop.fitted}/manifest.json")
-        if made is None:
-            hint = "`attr-batch status` of the job that fitted it prints the id"
-            raise DataError(f"no instrument {prop.fitted!r} in the store", where, hint)
-        inputs, instrument = made["inputs"], prop.instrument()
+        inputs, instrument = self._inputs("properties", prop.fitted or ""), prop.instrument()
+        if inputs is None:
+            what = f"no instrument {prop.fitted!r} in the store"
+            raise DataError(what, where, _IDS_HINT)
         theirs, ours = inputs.get("instrument"), instrument.recipe() if instrument else {}
         if theirs is None:
             raise SpecError("is the id of something else than an instrument", where, _IDS_HINT)
@@ -267,6 +267,18 @@ class Job:
             what = f"was fitted to images of shape {inputs['data']['shape']}"
             raise SpecError(what, where, f"the data have {self.card.recipe()['shape']}")
         return inputs["data"]
+
+    def _inputs(self, family: str, thing_id: str) -> dict[str, Any] | None:
+        """Return what a pinned thing was made of, which is what its id is the digest of; or None.
+
+        LedgerConflict if it is not: another program, or another person, wrote it.
+        """
+        name = f"{family}/{thing_id}"
+        made = self.ledger.fact(f"{name}/manifest.json")
+        if made is not None and digest(made["inputs"]) != thing_id:
+            place = self.ledger.store.place(name)
+            raise LedgerConflict("is not what its name says", place, "move it out of the store")
+        return None if made is None else made["inputs"]
 
     def unseen_labels(self, prop: Property) -> list[str]:
         """Return the data's labels that a property's pinned classifier does not know."""

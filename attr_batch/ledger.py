@@ -33,6 +33,7 @@ from attr_batch.bucket import open_store
 from attr_batch.errors import AttrBatchError, LedgerConflict
 from attr_batch.log import TICK_SECONDS
 from attr_batch.recipe import canonical, digest, file_digest
+from attr_batch.shapes import Beat, Failure, PlanHead, PlanKey, fits, shape_of
 from attr_batch.store import REPAIR_HINT, Folder, is_temporary
 
 if TYPE_CHECKING:
@@ -84,11 +85,18 @@ def _plan_lines(data: bytes, where: str) -> list[dict[str, Any]]:
     """Return a plan's lines. LedgerConflict if they are not those of a plan."""
     try:
         head, *lines = [json.loads(line) for line in data.splitlines()]
-        _ = head["spec"], head["numerics"], head["bases"], head["properties"]
-        _ = [line["key"] for line in lines]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         raise LedgerConflict("torn or foreign file", where, REPAIR_HINT) from None
+    if not (fits(PlanHead, head) and all(fits(PlanKey, line) for line in lines)):
+        raise LedgerConflict("is not a plan", where, REPAIR_HINT)
     return [head, *lines]
+
+
+def _shaped(fact: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Return the fact under `name`. LedgerConflict if it is whole, but not what stands there."""
+    if not fits(shape_of(name), fact):
+        raise LedgerConflict("is not what its name says", where, REPAIR_HINT)
+    return fact
 
 
 @dataclass(frozen=True)
@@ -145,10 +153,11 @@ def _beat(name: str, phase: str, done: int, total: int) -> bytes:
 def _read_beat(data: bytes) -> Heartbeat | None:
     """Return a heartbeat if it is whole and live."""
     try:
-        beat = Heartbeat(**json.loads(data))
-        return beat if beat.alive else None
-    except (ValueError, TypeError):
+        found = json.loads(data)
+    except (ValueError, RecursionError):
         return None
+    beat = Heartbeat(**found) if fits(Beat, found) else None
+    return beat if beat is not None and beat.alive else None
 
 
 def _host() -> str:
@@ -185,7 +194,10 @@ class Ledger:
     def fact(self, name: str) -> dict[str, Any] | None:
         """Return the sealed fact under `name`, or None. LedgerConflict if it is damaged."""
         data = self.store.read(name)
-        return None if data is None else unseal(data, self.store.place(name))
+        place = self.store.place(name)
+        fact = None if data is None else unseal(data, place)
+        measured = name.startswith("runs/") and not name.endswith(DIVERGED)  # see `owned`
+        return fact if fact is None or measured else _shaped(fact, name, place)
 
     def publish_fact(self, name: str, fact: dict[str, Any]) -> dict[str, Any]:
         """Publish a fact unless there is one; return the one that stays."""
@@ -277,22 +289,23 @@ class Ledger:
         manifest = self.fact(f"{name}/manifest.json")
         if manifest is None:
             raise LedgerConflict("is not there", self.store.place(name), REPAIR_HINT)
-        if any(file != safe_name(file) for file in manifest["files"]):
-            raise LedgerConflict("names files elsewhere", self.store.place(name), REPAIR_HINT)
         folder = self.store.local(name, manifest["files"])
         for file, sha256 in manifest["files"].items():
-            if not (folder / file).is_file() or file_digest(folder / file) != sha256:
+            path = folder / file
+            if path.is_symlink() or not path.is_file() or file_digest(path) != sha256:
                 place = self.store.place(f"{name}/{file}")
                 raise LedgerConflict("missing or altered", place, REPAIR_HINT)
         return folder, digest(manifest)
 
     def card(self, family: str, thing_id: str) -> dict[str, Any]:
         """Return the card.json of a thing: what it is, as its maker said."""
-        name = f"{family}/{thing_id}/card.json"
-        try:
-            return json.loads(self.store.read(name) or b"")
-        except ValueError:
-            raise LedgerConflict("missing or torn", self.store.place(name), REPAIR_HINT) from None
+        folder = f"{family}/{thing_id}"
+        data = self.store.read(f"{folder}/card.json") or b""
+        manifest = self.fact(f"{folder}/manifest.json") or {"files": {}}
+        if digest(data) != manifest["files"].get("card.json"):
+            place = self.store.place(f"{folder}/card.json")
+            raise LedgerConflict("missing or altered", place, REPAIR_HINT)
+        return json.loads(data)
 
     def publish_thing(
         self, family: str, thing_id: str, source: Path, inputs: Any, seconds: float
@@ -316,7 +329,7 @@ class Ledger:
         """Return the fact under `name`. LedgerConflict if it does not say that it is `owner`'s."""
         if any(fact.get(key) != value for key, value in owner.items()):
             raise LedgerConflict("belongs to another run", self.store.place(name), REPAIR_HINT)
-        return fact
+        return _shaped(fact, name, self.store.place(name))
 
     def samples(self, key: str) -> np.ndarray | None:
         """Return a run's kept samples, uint8 (images, channels, size, size), or None.
@@ -429,9 +442,9 @@ class Ledger:
         data = self.store.read(f"failures/{key}.json")
         try:
             failure = None if data is None else json.loads(data)
-            return failure if isinstance(failure, dict) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
+        return failure if fits(Failure, failure) else None
 
     def failed(self) -> set[str]:
         """Return the keys of all evaluations that failed the last time."""

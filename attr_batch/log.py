@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,16 @@ from tqdm import tqdm
 TICK_SECONDS = 10.0
 
 
+def plain(text: str) -> str:
+    """Return text without what steers a terminal: names of files and people may hold anything."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text
+    )
+
+
 def say(message: str) -> None:
     """Print one line for the user."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(plain(message), file=sys.stderr)
 
 
 def warn(message: str, hint: str | None = None) -> None:

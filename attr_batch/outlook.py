@@ -297,7 +297,7 @@ def _same_things(job: Job, head: dict[str, Any]) -> list[str]:
     """Return what is that of the earlier job although data may differ: it is pinned."""
     names = ("the trained model", "the pruned model")
     ours = (job.dense_id, job.pruned_id)
-    same = [name for name, a, b in zip(names, head["bases"], ours, strict=True) if a == b]
+    same = [name for name, a, b in zip(names, head["bases"], ours, strict=False) if a == b]
     return [*same, INSTRUMENTS] if job.instruments.keys() <= {*head["properties"]} else same
 
 
@@ -341,7 +341,7 @@ def _pins(job: Job, head: dict[str, Any], differing: Sequence[str]) -> dict[str,
         with contextlib.suppress(AttrBatchError):  # it does not fit, or is damaged
             other = _with(job, {**settings, **more})
             then = _counted(other, other.plan, other.survey(other.plan))
-            if then["new"] < now["new"]:
+            if (then["new"], then["only measured"]) < (now["new"], now["only measured"]):
                 now, best = then, {"set": {**settings, **more}, "evaluations": then}
     return best
 
@@ -390,8 +390,8 @@ def reasons_text(found: dict[str, Any]) -> list[str]:
         return [f"the same as {found['against']}: nothing but unfinished work is new"]
     lines = [f"new against {found['against']} because of"]
     for d in found["differences"]:
-        kept = "keeps what" if _is_pin(d["path"]) else "how results are read; nothing"
-        effect = ", ".join(d["makes_new"]) or nothing
+        none = "keeps what is there" if _is_pin(d["path"]) else NOTHING_NEW
+        effect = ", ".join(d["makes_new"]) or none
         lines.append(f"  {d['path']}: {_brief(d['was'])} -> {_brief(d['is'])}  ({effect})")
     if found["pins"] is not None:
         e = found["pins"]["evaluations"]

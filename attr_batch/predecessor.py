@@ -16,8 +16,10 @@ from typing import Any
 
 from attr_batch.coalition import Coalition, Roster
 from attr_batch.data import natural
-from attr_batch.errors import SpecError
+from attr_batch.errors import LedgerConflict, SpecError
 from attr_batch.ledger import Ledger
+from attr_batch.shapes import PlanLine, fits
+from attr_batch.store import REPAIR_HINT
 
 _WHERE = "estimator.continues"
 
@@ -58,7 +60,13 @@ def find(ledger: Ledger, prefix: str, roster: Roster, numerics: Mapping[str, Any
     fact = ledger.fact(ledger.spec_name(specs[0])) or {}
     theirs: dict[str, str] = fact["content"]["data"]["contributors"]
     place = _places(theirs, roster)
+    if not all(fits(PlanLine, line) for lines in plans for line in lines[1:]):
+        what = f"a plan of {specs[0][:12]} has lines that are none"
+        raise LedgerConflict(what, ledger.store.place("plans"), REPAIR_HINT)
     planned = {c: key for lines in plans for c, key in _planned(lines[1:])}
+    if any(len(c) != len(theirs) for c in planned) or len(plans[0][0]["bases"]) != 2:
+        what = f"the plan of {specs[0][:12]} is not one of its {len(theirs)} contributors"
+        raise LedgerConflict(what, ledger.store.place("plans"), REPAIR_HINT)
     known = [moved for c in planned if (moved := _moved(c, place, len(roster))) is not None]
     head = plans[0][0]
     return Predecessor(

@@ -16,9 +16,12 @@ contributors' training images, a free game that resembles the utilities (`estima
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import math
 import re
 import traceback
@@ -304,14 +307,15 @@ class Call(Part):
     a number and its standard error. Where it returns no error, it is called on the images without
     each of `groups` parts in turn (delete-a-group jackknife). It must not depend on anything but
     the images. The sha256 of the module's file is part of the recipe; of what the module itself
-    imports, nothing is.
+    imports, nothing is. The module must belong to an installed distribution (`pip install`, also
+    editable): what lies in the working folder, beside the job or on PYTHONPATH is not run.
     """
 
     kind: Literal["call"]
     target: str = Field(
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
         max_length=200,
-        description='"package.module:function", importable (on PYTHONPATH).',
+        description='"package.module:function" of an installed package.',
     )
     name: FileName = Field(
         default="", validate_default=False, description="Default: kind and target."
@@ -416,17 +420,44 @@ class Call(Part):
     def _source(self, where: str) -> bytes:
         """Return the bytes of the target's module, without running it."""
         module_name = self.target.partition(":")[0]
-        hint = "its folder must be on PYTHONPATH"
+        hint = "install its package: pip install, or pip install -e for one of your own"
         try:
-            spec = importlib.util.find_spec(module_name)  # runs the packages around it, if any
+            # Finding the outermost package runs nothing; finding what is inside runs it.
+            _find_installed(module_name.partition(".")[0], module_name, where, hint)
+            return _find_installed(module_name, module_name, where, hint).read_bytes()
         except _THEIRS as error:
+            if isinstance(error, SpecError):
+                raise
             raise SpecError(f"no module {module_name!r} ({error})", where, hint) from None
-        if spec is None:
-            raise SpecError(f"no module {module_name!r}", where, hint)
-        if spec.origin is None or not spec.origin.endswith(".py"):
-            what = f"{module_name} has no Python source to take a digest of"
-            raise SpecError(what, where, "name a function in a .py file of your own")
-        return Path(spec.origin).read_bytes()
+
+
+def _find_installed(part: str, module_name: str, where: str, hint: str) -> Path:
+    """Return the source of `part` of a module's name. SpecError if it is no installed package's."""
+    spec = importlib.util.find_spec(part)
+    if spec is None:
+        raise SpecError(f"no module {module_name!r}", where, hint)
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        what = f"{part} has no Python source to take a digest of"
+        raise SpecError(what, where, "name a function in a .py file of your own")
+    if not _installed(part.partition(".")[0], Path(spec.origin).resolve()):
+        raise SpecError(f"{part} ({spec.origin}) belongs to no installed package", where, hint)
+    return Path(spec.origin)
+
+
+@functools.cache
+def _installed(top: str, origin: Path) -> bool:
+    """Return whether a distribution that provides package `top` holds this file."""
+    for name in importlib.metadata.packages_distributions().get(top, ()):
+        distribution = importlib.metadata.distribution(name)
+        for file in distribution.files or ():
+            place = Path(str(distribution.locate_file(file)))
+            if file.name == origin.name and place.resolve() == origin:
+                return True
+        given = json.loads(distribution.read_text("direct_url.json") or "{}")
+        source = given.get("url", "").removeprefix("file://")
+        if given.get("dir_info", {}).get("editable") and origin.is_relative_to(source):
+            return True
+    return False
 
 
 Property = Annotated[
@@ -462,10 +493,10 @@ def _named(given: Any, field: str) -> Any:
     """Fill in the name where none is given: the kind and what `field` says."""
     if not isinstance(given, dict) or "name" in given:
         return given
-    return {**given, "name": f"{given.get('kind')}-{_slug(str(given.get(field)))}"}
+    return {**given, "name": f"{given.get('kind')}-{slug(str(given.get(field)))}"}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Return `text` if it suits a file name, else what is left of it with a digest to tell it."""
     kept = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:40]
     return kept if kept == text else f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -77,7 +77,7 @@ class PruningPlan:
             macs, parameters = map(int, data["macs"]), map(int, data["parameters"])
             (m0, m1), (p0, p1) = macs, parameters
             return cls(str(data["architecture"]), kept, (m0, m1), (p0, p1))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"is not a pruning plan: {error!r}", "pruning.json") from None
 
 

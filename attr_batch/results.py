@@ -38,6 +38,8 @@ from attr_batch.ledger import REPAIR_HINT, Ledger
 from attr_batch.log import say, warn
 from attr_batch.properties import Property
 from attr_batch.recipe import RECIPE_VERSION, canonical, digest
+from attr_batch.shapes import Cost as CostShape
+from attr_batch.shapes import fits
 from attr_batch.spec import JobSpec
 
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
@@ -176,7 +178,7 @@ def _published(data: bytes, place: str) -> tuple[dict[str, Any], bool]:
         published = json.loads(data)
         _ = published["attributions"][0]["version"]
         failed = [a["coalitions"]["failed"] for a in published["attributions"]]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise LedgerConflict("torn or foreign file", place, REPAIR_HINT) from None
     return published, any(failed)
 
@@ -422,7 +424,12 @@ def _provenance(facts: Facts) -> dict[str, str]:
 
 def _cost(facts: Facts, before: bytes | None, session: Session | None = None) -> Cost:
     """Return what all the work cost, and of the last run that did some, its wall seconds."""
-    old = json.loads(before) if before else {"wall_seconds": None, "reused": len(facts.rows)}
+    try:
+        old = json.loads(before or b"null")
+    except (ValueError, RecursionError):
+        old = None
+    if old is None or not fits(CostShape, old):  # made again, but for the wall seconds
+        old = {"wall_seconds": None, "reused": len(facts.rows)}
     wall_seconds, reused = old["wall_seconds"], old["reused"]
     if session is not None:
         wall_seconds = session.seconds
@@ -628,7 +635,12 @@ def sync(job: Job) -> None:
     if _tracking_uri(job) is None:
         hint = "set it, or MLFLOW_TRACKING_URI: a bucket holds no SQLite mirror"
         raise SpecError("names no MLflow server", "tracking.uri", hint)
-    published = job.ledger.store.read(f"{job.report_name}/attribution.json")
+    name = f"{job.report_name}/attribution.json"
+    published = job.ledger.store.read(name)
+    if published is not None and damaged_report(job):
+        raise LedgerConflict(
+            "is not what the value files say", job.ledger.store.place(name), REPAIR_HINT
+        )
     attribution = None if published is None else json.loads(published)
     mirror = Mirror(job)
     names = {thing_id for _, thing_id in job.things} | {e.key for e in Agenda(job).work}

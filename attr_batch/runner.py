@@ -47,6 +47,7 @@ POLL_SECONDS = 0.25
 WATCH_SECONDS = 1.0  # at least, between two looks of the parent at how far everything is
 AHEAD = 64  # evaluations after the last done one at which it looks
 GRID_IMAGES = 64
+LAST = "index.html"  # of a report's files: when it is there, the others are
 FATAL = (64, 65, 73, 74)  # exit codes after which no other worker can do better
 
 
@@ -397,6 +398,9 @@ class Worker:
                 return False
             folder = self.ledger.work(f"{thing.family}/{thing.id}")
             folder.mkdir(exist_ok=True)
+            for file in folder.iterdir():
+                if file.is_symlink():  # what is written under its name would land elsewhere
+                    file.unlink()
             with self._claimed(thing.id, thing.title, f"{thing.family}/{thing.id}") as upkeep:
                 started = time.perf_counter()
                 thing.make(folder, upkeep)
@@ -536,6 +540,7 @@ def _worker_process(
     session: str,
     prepares: bool,
     waits: bool,
+    evaluates: bool,
     errors: Connection,
 ) -> None:
     """Be one worker process: set up signals and threads, work, send back what went wrong."""
@@ -564,7 +569,7 @@ def _worker_process(
             hint = "install torch for CUDA, or set resources.device: cpu"
             raise SpecError("torch sees no CUDA device", "resources.device", hint)
         worker = Worker(Laboratory(job), shard, shards, session, waits)
-        worker.work(prepares)
+        (worker.work if evaluates else worker.prepare)(prepares)
     except Exception as error:
         if not isinstance(error, AttrBatchError):
             traceback.print_exc()
@@ -580,7 +585,7 @@ def _worker_process(
 class Crew:
     """The worker processes of one shard, seen from their parent."""
 
-    def __init__(self, job: Job, shard: int, shards: int) -> None:
+    def __init__(self, job: Job, shard: int, shards: int, evaluates: bool = True) -> None:
         self.session = secrets.token_hex(8)
         workers = job.workers
         if shards == 1 and prepared(job):
@@ -601,6 +606,7 @@ class Crew:
                 self.session,
                 shard == 0,
                 shards == 1,
+                evaluates,
                 sender,
             )
             process = context.Process(target=_worker_process, args=arguments)
@@ -644,13 +650,19 @@ class Crew:
 
 
 def evaluate(
-    job: Job, shard: int, shards: int, stopped: list[int], on_poll: Callable[[], None]
+    job: Job,
+    shard: int,
+    shards: int,
+    stopped: list[int],
+    on_poll: Callable[[], None],
+    evaluates: bool = True,
 ) -> None:
     """Do whatever this shard finds missing, showing progress; raise what went wrong.
 
-    `on_poll` is called a few times a second. The workers are stopped once `stopped` holds a signal.
+    With `evaluates` False only what all coalitions share. `on_poll` is called a few times a second.
+    The workers are stopped once `stopped` holds a signal.
     """
-    crew = Crew(job, shard, shards)
+    crew = Crew(job, shard, shards, evaluates)
     watch = _Watch(job, shard, shards)
     try:
         while crew.working:
@@ -765,7 +777,7 @@ def run(
     own = part(job.plan, job.workers, shard, shards)
     left = missing(job, own)
     found = frozenset(e.key for e in own) - {e.key for e in left}
-    session, report = None, f"{job.report_name}/attribution.json"
+    session, report = None, f"{job.report_name}/{LAST}"
     why = outlook.reasons(job) if shard == 0 else None
     job.write_down(compare=shard == 0)
     mirror = results.Mirror(job) if shard == 0 else None
@@ -783,7 +795,7 @@ def run(
                 if mirror is not None:
                     mirror.sync(None)
                 return None
-            with _reporting(job, shards) as ours:
+            with _reporting(job, shards, stopped) as ours:
                 if not ours:
                     say(f"shard {shard} of {shards} is done; another writes the report")
                     return None
@@ -817,6 +829,19 @@ def failures(job: Job) -> list[dict[str, Any]]:
     return [f for e in missing(job, tried) if (f := job.ledger.failure(e.key)) is not None]
 
 
+def prepare(job: Job) -> None:
+    """Make what is missing of what all coalitions share, and evaluate nothing.
+
+    Raises:
+        Interrupted: stopped by a signal; checkpoints are written.
+    """
+    job.write_down()
+    with signals() as stopped:
+        if not prepared(job):
+            evaluate(job, 0, 1, stopped, lambda: None, evaluates=False)
+    say(f"{job.spec.name}: all that the coalitions share is there; store {job.ledger}")
+
+
 def complete(job: Job) -> bool:
     """Return whether everything shared is made and every evaluation that counts has its values."""
     return prepared(job) and not missing(job, Agenda(job).work)
@@ -834,14 +859,23 @@ def _others_at_work(job: Job) -> bool:
 
 
 @contextlib.contextmanager
-def _reporting(job: Job, shards: int) -> Iterator[bool]:
-    """Say that this shard writes the report; False if another does: it would be the same."""
+def _reporting(job: Job, shards: int, stopped: list[int]) -> Iterator[bool]:
+    """Say that this shard writes the report; False once another has: it would be the same.
+
+    While another is at it, wait: should that one die, nobody else would write it.
+    """
     name = f"report-{job.spec_digest}"
-    ours = shards == 1 or job.ledger.claim(name, "report")
+    while shards > 1 and not job.ledger.claim(name, "report"):
+        if job.ledger.store.exists(f"{job.report_name}/{LAST}"):
+            yield False
+            return
+        if stopped:
+            raise Interrupted("stopped by a signal", hint="run the same command again to go on")
+        time.sleep(job.ledger.store.poll_seconds)
     try:
-        yield ours
+        yield True
     finally:
-        if shards > 1 and ours:
+        if shards > 1:
             job.ledger.rest(name)
 
 

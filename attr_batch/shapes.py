@@ -122,6 +122,23 @@ class PlanLine(PlanKey):
     subject: str
 
 
+class _Bases(_Shape):
+    trained: Digest
+    pruned: Digest
+
+
+class Period(_Shape):
+    """`periods/<label>.json`: which report is a period's, and what the next may pin."""
+
+    label: str
+    name: str
+    spec: Digest
+    report: Annotated[str, Field(pattern="^reports/[0-9a-f]{64}-[0-9a-f]{12}$")]
+    attribution_sha256: Digest
+    bases: _Bases
+    fitted: dict[str, Digest]
+
+
 class _Contributor(_Shape):
     id: Annotated[str, Field(min_length=1)]
     images: Annotated[int, Field(gt=0, lt=1 << 53)]
@@ -193,6 +210,8 @@ def shape_of(name: str) -> type[BaseModel] | None:
         return Manifest
     if family == "work":
         return DataCard if rest.startswith("data/") else None
+    if family == "periods":
+        return Period
     if family != "runs":
         return None
     named = {"derivation.json": Derivation, "diverged.json": Diverged}

@@ -37,7 +37,7 @@ def is_temporary(name: str) -> bool:
 def checked(name: str) -> list[str]:
     """Return the parts of a name. ValueError if it would leave the store."""
     parts = name.split("/")
-    if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
+    if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!r} is not a name inside the store")
     return parts
 
@@ -144,7 +144,9 @@ class Store(ABC):
         The kernel lets go of it when the process ends, however it ends.
         """
         path = self.scratch(f"locks/{name}")
-        with explained(path), path.open("w") as handle:
+        with explained(path):  # "w" would follow a link, and empty what it leads to
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        with explained(path), os.fdopen(number, "rb") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -186,8 +188,17 @@ class Folder(Store):
         self.root = Path(root)
 
     def path(self, name: str) -> Path:
-        """Return the path of a name. ValueError if it would leave the store."""
-        return self.root.joinpath(*checked(name))
+        """Return the path of a name.
+
+        ValueError if it would leave the store, LedgerConflict if a folder on the way is a link.
+        """
+        path = self.root
+        *folders, last = checked(name)
+        for folder in folders:
+            path /= folder
+            if path.is_symlink():
+                raise LedgerConflict("a link where a folder should be", str(path), REPAIR_HINT)
+        return path / last
 
     def check(self) -> None:
         """Check that the root is a folder, if it exists."""
@@ -211,7 +222,7 @@ class Folder(Store):
 
     def exists(self, name: str) -> bool:
         """Return whether something is published under `name`."""
-        return self.path(name).exists()
+        return os.path.lexists(self.path(name))
 
     def children(self, name: str) -> list[str]:
         """Return the sorted names of what lies in folder `name`; none if there is no folder."""

@@ -38,11 +38,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
 
 from attr_batch import report, validation_report
 from attr_batch.errors import SpecError, StoreError
 from attr_batch.evidence import Cost, Evidence, Validation
 from attr_batch.log import say, warn
+from attr_batch.properties import slug
 
 if TYPE_CHECKING:
     from attr_batch.spec import Tracking
@@ -155,8 +157,11 @@ class Pseudonyms:
 
     def __init__(self, key: bytes, roster: Iterable[str]) -> None:
         self._names = {name: pseudonym(key, name) for name in roster}
-        self._folded = {name.casefold(): alias for name, alias in self._names.items()}
-        words = [n for n in self._names if n.strip() and not re.fullmatch(r"\d{1,2}", n)]
+        # A property named after a label holds it as a file name does, with a digest to tell it.
+        written = {slug(name): alias for name, alias in self._names.items() if slug(name) != name}
+        self._folded = {n.casefold(): alias for n, alias in (self._names | written).items()}
+        words = [*self._names, *written, *(w.rpartition("-")[0] for w in written)]
+        words = [n for n in words if n.strip(" _-.") and not re.fullmatch(r"\d{1,2}", n)]
         words.sort(key=len, reverse=True)  # an id may contain another
         either = "|".join(map(re.escape, words)) or r"(?!)"
         # An underscore parts words here, as it does in file names.
@@ -302,6 +307,13 @@ def public_uri(uri: str) -> str:
     return re.sub(r"\?.*", "?…", re.sub(r"//.*@", "//…@", uri))
 
 
+def _secrets(uri: str) -> list[str]:
+    """Return the words of a URI that no message may hold: a library may quote any part of it."""
+    hidden = " ".join(re.findall(r"//(.*)@", uri) + re.findall(r"\?(.*)", uri))
+    words = set(re.split(r"\W+", f"{hidden} {unquote(hidden)}"))
+    return sorted((word for word in words if len(word) > 2), key=len, reverse=True)
+
+
 def where_to_look(uri: str) -> str:
     """Return what the terminal shows: a server's address, else the command that shows a store."""
     shown = public_uri(uri)
@@ -440,7 +452,10 @@ class Mirror:
             error = inner
         text = str(error).replace(self._uri, public_uri(self._uri)).strip()
         reason = (text or type(error).__name__).splitlines()[0]
-        return re.sub(r"//\S*@", "//…@", reason)[:300]
+        reason = re.sub(r"//\S*@", "//…@", reason)
+        for secret in _secrets(self._uri):
+            reason = reason.replace(secret, "…")
+        return reason[:300]
 
     @contextmanager
     def _locked(self, wait: float) -> Iterator[None]:
@@ -810,8 +825,13 @@ def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(rows)
+    writer.writerows([_cell(value) for value in row] for row in rows)
     return _bytes(text.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    """Return what a spreadsheet takes for text where `value` is text: not for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def _bytes(text: str) -> bytes:

@@ -21,6 +21,7 @@ import os
 import random
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ from attr_batch.store import Folder, is_temporary
 from benchmarks.measure import envelope, significant
 from tests import played
 from tests.conftest import TINY
-from tests.s3 import BUCKET, SeaweedFS
+from tests.s3 import BUCKET
 
 CONTRIBUTORS = 20
 AT_ONCE = 16
@@ -216,13 +217,19 @@ def place(bucket: bool, scratch: Path) -> Iterator[str]:
     if not bucket:
         yield str(scratch / "store")
         return
-    server = SeaweedFS(scratch)
-    server.start()
-    os.environ.update(server.environment)
+    # Apart from this process, which forks and so may hold no connection.
+    command = [sys.executable, str(Path(__file__).parent.parent / "tests/s3.py")]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
+        for line in server.stdout or ():
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            os.environ[name] = value
+            if name == "AWS_REGION":  # the last
+                break
         yield f"s3://{BUCKET}/scale"
     finally:
-        server.stop(signal.SIGKILL)
+        server.terminate()
+        server.wait()
 
 
 def measure(coalitions: int, shards: int, kills: int, bucket: bool) -> dict[str, Any]:

@@ -76,6 +76,14 @@ def bucket(s3_server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return f"s3://{BUCKET}/{secrets.token_hex(6)}"
 
 
+def install(folder: Path, *modules: str) -> None:
+    """Make modules of a folder on sys.path a distribution's, as pip does: list them in a RECORD."""
+    info = folder / "installed-1.0.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 1.0\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in modules))
+
+
 def work_through(job: Job, shard: int = 0, shards: int = 1, session: str = "test") -> None:
     """Do a job's missing work in this process."""
     job.write_down()

@@ -18,11 +18,12 @@ def publish(
     for evaluation in evaluations:
         key = evaluation.key
         fact = {"key": key, "recipe": dict(evaluation.recipe), "seconds": SECONDS}
+        fact["samples_sha256"] = "0" * 64
         ledger.publish_fact(ledger.derivation_name(key), {**fact, "provenance": provenance})
         for prop in job.spec.properties:
             prop_digest = job.property_digest(prop)
             value = {"value": utility(evaluation), "stderr": 0.0, "seconds": 0.0}
-            fact = {"key": key, "property_digest": prop_digest, **value}
+            fact = {"key": key, "property": prop.name, "property_digest": prop_digest, **value}
             ledger.publish_fact(ledger.value_name(key, prop.name, prop_digest), fact)
 
 

@@ -109,12 +109,12 @@ def _user(name: str, key: str, secret: str, actions: list[str]) -> dict[str, obj
 
 
 if __name__ == "__main__":
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # to be waited for
     with tempfile.TemporaryDirectory() as scratch:
         server = SeaweedFS(Path(scratch))
         server.start()
         for name, value in server.environment.items():
             print(f"export {name}={value}", flush=True)
-        try:
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
-        finally:
-            server.stop()
+        signal.sigwait(ends)
+        server.stop(signal.SIGKILL)

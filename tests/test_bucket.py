@@ -142,7 +142,7 @@ def test_a_missing_bucket_is_a_data_error(bucket):
 
 
 def test_a_store_that_does_not_answer_is_a_store_error(bucket, monkeypatch):
-    monkeypatch.setattr(bucket_module, "RETRIES", 1)
+    monkeypatch.setattr(bucket_module, "RETRIES", 0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")

@@ -25,6 +25,7 @@ COMMANDS = [
     "check",
     "plan",
     "status",
+    "periods",
     "report",
     "sync",
     "repair",

@@ -18,7 +18,7 @@ LAYERS = [
     ["training"],
     [
         "estimators", "evidence", "lds", "figures", "document", "verdict", "validation_figures",
-        "report", "validation_report", "ledger", "table", "instruments", "properties",
+        "report", "validation_report", "shapes", "ledger", "table", "instruments", "properties",
         "counterfactual", "baselines",
     ],
     ["spec"],
@@ -28,7 +28,8 @@ LAYERS = [
 ]  # fmt: skip
 PLACE = {name: (layer, i) for layer, names in enumerate(LAYERS) for i, name in enumerate(names)}
 TORCH_FREE = [
-    "errors", "log", "recipe", "coalition", "ops", "store", "bucket", "data", "estimators", "lds", "ledger", "report",
+    "errors", "log", "recipe", "coalition", "ops", "store", "bucket", "data", "estimators", "lds",
+    "ledger", "report",
     "validation_report", "table", "spec", "job", "facts", "outlook", "results", "studies",
     "scoring", "tracking", "runner", "validate", "cli",
 ]  # fmt: skip

@@ -169,7 +169,8 @@ def test_the_first_published_thing_stays(ledger):
 
 
 def test_a_value_for_another_run_is_a_conflict(ledger):
-    fact = {"key": "k1", "property_digest": "d" * 64, "value": 1.0}
+    fact = {"key": "k1", "property": "p", "property_digest": "d" * 64, "value": 1.0}
+    fact |= {"stderr": 0.1, "seconds": 1.0}
     ledger.publish_fact(ledger.value_name("k1", "p", "d" * 64), fact)
     name = ledger.value_name("k1", "p", "d" * 64)
     assert ledger.facts([name]) == {name: fact}

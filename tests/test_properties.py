@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from conftest import install
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -220,6 +221,7 @@ def nan_on_parts(images): return 1.0 if len(images) == 40 else float("nan")
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_measures.py").write_text(SOURCE)
+    install(tmp_path, "my_measures.py", "my_package/__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "my_measures.py"
     sys.modules.pop("my_measures", None)
@@ -273,7 +275,7 @@ def test_call_explains_what_is_wrong_with_a_function(module, function, error, wh
 @pytest.mark.parametrize(
     ("target", "what"),
     [
-        ("no_such_module:f", "no module 'no_such_module'\n  hint: .* PYTHONPATH"),
+        ("no_such_module:f", "no module 'no_such_module'\n  hint: install its package"),
         ("no_such.module:f", "no module 'no_such.module'"),
         ("math:sqrt", "math has no Python source"),
     ],
@@ -407,6 +409,22 @@ def test_of_any_coalition_s_images_it_is_known_from_the_contributors_sums(tree, 
     for z, w in zip(Z, game.values(Z), strict=True):
         images = np.concatenate([part for part, there in zip(parts, z, strict=True) if there])
         assert w == pytest.approx(prop.measure(images, fitted(prop)).value, abs=1e-12)
+
+
+@pytest.mark.parametrize("tree", KINDS[:4], ids=lambda tree: tree["kind"])
+def test_a_pinned_instrument_is_an_id_and_changes_nothing_else(tree):
+    pinned = parsed({**tree, "fitted": "0a" * 32})
+    assert pinned.recipe() == parsed(tree).recipe()
+    assert pinned.instrument() == parsed(tree).instrument()
+    for bad in ("", "0a" * 31, "0A" * 32, "../" + "0" * 61):
+        with pytest.raises(ValidationError):
+            parsed({**tree, "fitted": bad})
+
+
+def test_a_call_has_nothing_to_pin():
+    assert parsed(KINDS[4]).fitted is None
+    with pytest.raises(ValidationError):
+        parsed({**KINDS[4], "fitted": "0a" * 32})
 
 
 def test_properties_with_one_classifier_share_it(fitted):

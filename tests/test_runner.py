@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, work_through
+from conftest import TINY, install, work_through
 
 from attr_batch import outlook, results, runner
 from attr_batch.errors import (
@@ -277,6 +277,7 @@ def test_models_without_a_seed_have_no_substitute(tiny):
 def test_a_property_that_is_not_finite_fails_alone(again, done, tmp_path, monkeypatch):
     """The run itself is sound: other properties and other jobs keep their values."""
     (tmp_path / "nan_property.py").write_text("def nan(images):\n    return float('nan'), 0.0\n")
+    install(tmp_path, "nan_property.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = attribution_bytes(again())
     job = again(

@@ -182,7 +182,9 @@ class ClipModel:
         folder = existing_folder(path, f"{where}.path", "wanted a model saved by transformers")
         try:
             scaling = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
-            module = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            module = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
             side = module.config.vision_config.image_size
             module.get_image_features  # noqa: B018
             mean, std = scaling["image_mean"], scaling["image_std"]

@@ -213,5 +213,7 @@ def _train_and_write(
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, sort_keys=True), encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # never through a link under this name
+        file.write(json.dumps(data, sort_keys=True))
     temporary.replace(path)
