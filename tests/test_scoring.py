@@ -26,7 +26,7 @@ N = 8
 GAME = games.linear(N, 1)
 SECTIONS = {
     "data": {"kind": "digits", "contributors": [str(d) for d in range(N)]},
-    "properties": [{"kind": "call", "target": "games:coverage", "name": "game"}],  # never called
+    "properties": [{"kind": "call", "target": "attr_batch.recipe:digest", "name": "game"}],  # never called
     "estimator": {"kind": "ridge", "budget": 40, "holdout": 4, "endpoint_replicates": 2},
     "validation": {
         "subsets": [
