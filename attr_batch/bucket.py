@@ -301,6 +301,7 @@ class Bucket(Store):
         single = self.read(name)
         if single is not None:
             path.write_bytes(single)
+            self._kept[name] = _stamp(path)
             return
         for file, data in self.read_many(self.walk(name)).items():
             path.mkdir(exist_ok=True)
@@ -317,7 +318,7 @@ class Bucket(Store):
             if not file.exists() or is_temporary(file.name):
                 continue
             place = f"work/{name}" if file == path else f"work/{name}/{file.name}"
-            stamp = (file.stat().st_mtime_ns, file.stat().st_size)
+            stamp = _stamp(file)
             if self._kept.get(place) != stamp:
                 with self._answered(place):
                     obstore.put(self._large, place, file, mode="overwrite")
@@ -408,6 +409,11 @@ class Bucket(Store):
             if "169.254." in text or "credential" in text.lower():
                 hint = "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise StoreError(_brief(error), place, hint) from None
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    state = file.stat()
+    return state.st_mtime_ns, state.st_size
 
 
 def _refuse_missing_bucket(error: Exception, place: str = "store") -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run listens itself, later on
     try:
         arguments = _parser().parse_args(argv)
         return arguments.command(arguments) or 0
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        say("error: stopped by Ctrl-C")
+        say("error: stopped by a signal")
         return 75
 
 

@@ -402,11 +402,13 @@ class Ledger:
         """
         data = self.store.read(_beat_name(name))
         if data is None:
-            return self.store.publish(_beat_name(name), _beat(name, phase, 0, 0))
-        if _read_beat(data) is not None:
+            if self.store.publish(_beat_name(name), _beat(name, phase, 0, 0)):
+                return True  # else it is another's, or ours, should the answer have been lost
+        elif _read_beat(data) is not None:
             return False
-        self.beat(name, phase)
-        time.sleep(CLAIM_SECONDS)
+        else:
+            self.beat(name, phase)
+            time.sleep(CLAIM_SECONDS)
         holder = self.heartbeat(name)
         return holder is not None and holder.mine
 

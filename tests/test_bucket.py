@@ -90,7 +90,7 @@ def test_a_checkpoint_is_there_for_another_machine(bucket, tmp_path, monkeypatch
         "checkpoint.safetensors": b"step 7"
     }
     assert second.scratch("runs/k.safetensors").read_bytes() == b"step 3"
-    first.discard("runs/k.safetensors")
+    second.discard("runs/k.safetensors")  # who finishes it removes it, whoever began it
     assert "work/runs/k.safetensors" not in first.walk("work")
 
 

@@ -32,7 +32,8 @@ BATCHES = 7  # of four pairs
 FIRST_RELIABLE = 4  # 16 pairs are more than 2.5 n
 SIX = {
     "data": {"kind": "digits", "contributors": [str(d) for d in range(N)]},
-    "properties": [{"kind": "call", "target": "attr_batch.recipe:digest", "name": "game"}],  # never called
+    # never called
+    "properties": [{"kind": "call", "target": "attr_batch.recipe:digest", "name": "game"}],
 }
 TARGET, REACHED = 0.0345, 5  # the fourth batch leaves .039, the fifth .030
 

@@ -26,7 +26,8 @@ N = 8
 GAME = games.linear(N, 1)
 SECTIONS = {
     "data": {"kind": "digits", "contributors": [str(d) for d in range(N)]},
-    "properties": [{"kind": "call", "target": "attr_batch.recipe:digest", "name": "game"}],  # never called
+    # never called
+    "properties": [{"kind": "call", "target": "attr_batch.recipe:digest", "name": "game"}],
     "estimator": {"kind": "ridge", "budget": 40, "holdout": 4, "endpoint_replicates": 2},
     "validation": {
         "subsets": [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import commit, machine
 
@@ -30,9 +32,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=SCENARIOS, default=SCENARIOS)
     arguments = parser.parse_args()
-    rows: dict[str, dict] = {}
-    if arguments.out and arguments.out.exists():
-        rows = {row["name"]: row for row in json.loads(arguments.out.read_text())["rows"]}
     missed = False
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and leave nothing running
     with tempfile.TemporaryDirectory(prefix="attr-batch-faults-") as scratch:
@@ -40,12 +39,24 @@ def main() -> int:
         for row in play(bench, {name: SCENARIOS[name] for name in arguments.only}):
             print(line(row), flush=True)
             missed = missed or row.missed is not None
-            rows[row.name] = {**row.to_json(), "commit": commit(), "quick": arguments.quick}
             if arguments.out:
-                ordered = [rows[name] for name in SCENARIOS if name in rows]
-                result = {"machine": machine(), "rows": ordered}
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+                record(
+                    arguments.out,
+                    {**row.to_json(), "commit": commit(), "quick": arguments.quick},
+                )
     return int(missed)
+
+
+def record(out: Path, row: dict[str, Any]) -> None:
+    """Put a scenario's row into the result file, which others may be writing to as well."""
+    with out.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        rows = {old["name"]: old for old in json.loads(file.read() or '{"rows": []}')["rows"]}
+        rows[row["name"]] = row
+        result = {"machine": machine(), "rows": [rows[name] for name in SCENARIOS if name in rows]}
+        file.truncate(0)
+        file.write(json.dumps(result, indent=1) + "\n")
 
 
 def line(row: Row) -> str:
