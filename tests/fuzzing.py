@@ -11,6 +11,7 @@ memory than `BYTES`.
 from __future__ import annotations
 
 import io
+import contextlib
 import json
 import re
 import resource
@@ -224,7 +225,10 @@ def like_yaml(data: bytes, random: Random) -> bytes:
         token = random.choice(TOKENS)
         return (text[:at] + token + text[at:]).encode()
     tree = damaged_tree(yaml.safe_load(data), random)
-    return json.dumps(tree).encode() if way < 0.7 else yaml.safe_dump(tree).encode()
+    if way >= 0.7:
+        with contextlib.suppress(RecursionError):  # of the writer, on trees deeper than it can go
+            return yaml.safe_dump(tree).encode()
+    return json.dumps(tree).encode()
 
 
 # -- targets --------------------------------------------------------------------------------------
