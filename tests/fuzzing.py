@@ -10,8 +10,8 @@ memory than `BYTES`.
 
 from __future__ import annotations
 
-import io
 import contextlib
+import io
 import json
 import re
 import resource
