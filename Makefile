@@ -36,7 +36,8 @@ demo: setup ## run the main job on real handwritten digits, print the attributio
 	$(BIN)/attr-batch run examples/digits/job.yaml
 
 test: setup ## run all tests that need no GPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e'
+	$(BIN)/python -m pytest -m e2e
 
 check: setup format lint types ## what CI runs: format, lint, types, native code, tests
 	$(BIN)/python setup.py compile_cuda
