@@ -10,7 +10,6 @@ memory than `BYTES`.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import re
@@ -81,12 +80,14 @@ def anything(random: Random) -> Any:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (container, key) of everything inside a tree."""
-    if not isinstance(tree, dict | list):
-        return
-    for key, value in list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)):
-        yield tree, key
-        yield from _places(value)
+    """Yield (container, key) of everything inside a tree, however deep it is."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict | list):
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            yield from ((node, key) for key in keys)
+            left += [node[key] for key in keys]
 
 
 def damaged_tree(tree: Any, random: Random) -> Any:
@@ -112,7 +113,7 @@ def damaged_tree(tree: Any, random: Random) -> Any:
                 node[key] = str(node[key]) if not isinstance(node[key], str) else len(node[key])
             else:
                 node[key] = json.loads(json.dumps(other[theirs]))
-        except (KeyError, IndexError):  # the place went with an earlier wound
+        except (KeyError, IndexError, RecursionError):  # gone with an earlier wound; too deep
             continue
     return tree
 
@@ -225,10 +226,7 @@ def like_yaml(data: bytes, random: Random) -> bytes:
         token = random.choice(TOKENS)
         return (text[:at] + token + text[at:]).encode()
     tree = damaged_tree(yaml.safe_load(data), random)
-    if way >= 0.7:
-        with contextlib.suppress(RecursionError):  # of the writer, on trees deeper than it can go
-            return yaml.safe_dump(tree).encode()
-    return json.dumps(tree).encode()
+    return json.dumps(tree).encode() if way < 0.7 else yaml.safe_dump(tree).encode()
 
 
 # -- targets --------------------------------------------------------------------------------------
@@ -253,7 +251,11 @@ class Target:
 def hostile(target: Target, index: int) -> bytes:
     """Return input number `index` of a target: one of the seeds, damaged."""
     random = Random(f"{target.name} {index}")
-    return target.damage(random.choice(target.seeds), random)
+    seed = random.choice(target.seeds)
+    try:
+        return target.damage(seed, random)
+    except RecursionError:  # a tree deeper than what writes it can go
+        return damaged_bytes(seed, random)
 
 
 @dataclass
