@@ -641,6 +641,13 @@ class Job:
         self.ledger.mark()
         fact = {"name": self.spec.name, "content": self.content}
         self.ledger.publish_fact(self.ledger.spec_name(self.spec_digest), fact)
+        name = self.ledger.plan_name(self.spec_digest, self.plan_lines)
+        if compare or not self.ledger.store.exists(name):
+            self.ledger.publish_same(name, self.plan_lines)
+
+    @cached_property
+    def plan_lines(self) -> bytes:
+        """The plan as it is written down: a head, then a line for each evaluation."""
         head = {
             "spec": self.spec_digest,
             "numerics": self.numerics,
@@ -648,10 +655,7 @@ class Job:
             "properties": sorted({*self.instruments, *self.statistics, *self.others}),
         }
         lines = [head, *(_plan_line(e) for e in self.work)]
-        content = b"".join(canonical(line) + b"\n" for line in lines)
-        name = self.ledger.plan_name(self.spec_digest, content)
-        if compare or not self.ledger.store.exists(name):
-            self.ledger.publish_same(name, content)
+        return b"".join(canonical(line) + b"\n" for line in lines)
 
     @property
     def report_name(self) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from attr_batch import __version__, outlook, results
-from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
+from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError, StoreError
 from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
 from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
@@ -674,7 +674,8 @@ def evaluate(
     finally:
         crew.stop()
         error = crew.end()
-        watch.show(now=True)
+        if not crew.hopeless:  # a store that is away is not waited for once more
+            watch.show(now=True)
         watch.close()
     if stopped:
         raise Interrupted("stopped by a signal", hint="run the same command again to go on")
@@ -803,7 +804,8 @@ def run(
         except BaseException as error:
             if mirror is not None:
                 told_to_go = isinstance(error, Interrupted)
-                mirror.end("KILLED" if told_to_go else "FAILED", brief=told_to_go)
+                brief = told_to_go or isinstance(error, StoreError)  # which cannot be read, either
+                mirror.end("KILLED" if told_to_go else "FAILED", brief=brief)
             raise
         # Whoever completes the plan also completes the mirror: shard 0 may have ended long ago.
         (mirror or results.Mirror(job)).end("FINISHED", attribution)
