@@ -254,7 +254,7 @@ def hostile(target: Target, index: int) -> bytes:
     seed = random.choice(target.seeds)
     try:
         return target.damage(seed, random)
-    except RecursionError:  # a tree deeper than what writes it can go
+    except (RecursionError, ValueError):  # a tree too deep, or in itself, to be written
         return damaged_bytes(seed, random)
 
 
