@@ -28,12 +28,13 @@ from attr_batch.store import Folder, Store, checked, explained, is_temporary
 SCRATCH = "ATTR_BATCH_SCRATCH"  # environment variable: where a bucket's local files lie
 CONCURRENT = 64  # requests at a time
 FEW = 256  # folders that are listed one by one rather than by walking through all there are
-URL = re.compile(r"(s3|gs|az)://([^/?#@:]+)(?:/([^?#]*))?")
+URL = re.compile(r"(s3|gs|az)://([^/?#@:%]+)(?:/([^?#%]*))?")
 # A request that fails (5xx, connection, time) is repeated with growing pauses for a minute.
 RETRIES, RETRY_SECONDS = 1000, 60  # the seconds decide
 PAUSES = 0.2, 5.0  # seconds: the first and the longest
 CLIENT = {"connect_timeout": "5s", "timeout": "30s"}
 LARGE = {"connect_timeout": "5s", "timeout": "15min"}  # a model's weights in one request
+PASSING = ("ExpiredToken", "RequestTimeTooSkewed", "SlowDown")  # 403s that a retry may cure
 FORBIDDEN = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set, and may they do this?"
 
 T = TypeVar("T")
@@ -41,8 +42,8 @@ R = TypeVar("R")
 
 
 def is_url(location: str) -> bool:
-    """Return whether `location` names a bucket and not a folder."""
-    return "://" in location
+    """Return whether `location` names a bucket and not a folder (`s3:/x` means neither)."""
+    return "://" in location or location.startswith(("s3:", "gs:", "az:"))
 
 
 def open_store(location: str | Path) -> Store:
@@ -236,27 +237,31 @@ class Bucket(Store):
 
     def local(self, name: str, files: Mapping[str, str]) -> Path:
         """Return a local copy of a published folder; what is there already is not fetched again."""
-        import obstore
-
         folder = self._root / "fetched" / Path(*checked(name))
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for file, sha256 in files.items():
                 (part,) = checked(file)
                 target = folder / part
-                if target.exists() and file_digest(target) == sha256:
-                    continue
-                with self._answered(f"{name}/{file}"):
-                    try:
-                        stream = obstore.get(self._large, f"{name}/{part}").stream()
-                    except FileNotFoundError:
-                        continue
-                    handle, temporary = tempfile.mkstemp(dir=folder)
-                    with os.fdopen(handle, "wb") as out:
-                        for chunk in stream:
-                            out.write(chunk)
-                    Path(temporary).replace(target)
+                if not target.exists() or file_digest(target) != sha256:
+                    self._download(f"{name}/{part}", target)
         return folder
+
+    def _download(self, name: str, target: Path) -> bool:
+        """Put a file's bytes at `target`, all or none; False if there is no such file."""
+        import obstore
+
+        with self._answered(name):
+            try:
+                stream = obstore.get(self._large, "/".join(checked(name))).stream()
+            except FileNotFoundError:
+                return False
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+            with os.fdopen(handle, "wb") as out:
+                for chunk in stream:
+                    out.write(chunk)
+            Path(temporary).replace(target)
+            return True
 
     def move(self, name: str, target: str) -> None:
         """Give a file or folder another name, under which there is nothing."""
@@ -298,15 +303,12 @@ class Bucket(Store):
         return path
 
     def _fetch_work(self, name: str, path: Path) -> None:
-        single = self.read(name)
-        if single is not None:
-            path.write_bytes(single)
+        if self._download(name, path):
             self._kept[name] = _stamp(path)
             return
-        for file, data in self.read_many(self.walk(name)).items():
+        for file in self.walk(name):
             path.mkdir(exist_ok=True)
-            if data is not None:
-                (path / file.rpartition("/")[2]).write_bytes(data)
+            self._download(file, path / file.rpartition("/")[2])
 
     def keep(self, name: str) -> None:
         """Upload what lies at `scratch(name)`, as far as it has changed."""
@@ -369,7 +371,10 @@ class Bucket(Store):
     def _fetch_changed(
         self, folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]
     ) -> None:
-        changed = [name for name, stamp in wanted.items() if there.get(name) != stamp]
+        sizes = {name: _size(folder.joinpath(*checked(name))) for name in wanted}
+        changed = [
+            n for n, stamp in wanted.items() if [sizes[n], there.get(n)] != [stamp[0], stamp]
+        ]
         if changed:
             size = sum(wanted[name][0] for name in changed)
             say(f"fetching {len(changed)} files, {size / 1e6:.1f} MB, from {self.location}")
@@ -381,7 +386,8 @@ class Bucket(Store):
         def get(name: str) -> None:
             path = folder.joinpath(*checked(name))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.read(name) or b"")
+            if not self._download(name, path):
+                raise DataError("vanished while it was fetched", f"{self.location}/{name}")
 
         _at_once(get, names)
 
@@ -396,19 +402,26 @@ class Bucket(Store):
         try:
             yield
         except (PermissionDeniedError, UnauthenticatedError) as error:
+            if any(code in str(error) for code in PASSING):
+                raise StoreError(_brief(error), place, "run again") from None
             raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
         except FileNotFoundError as error:
             _refuse_missing_bucket(error, place)
             raise LedgerConflict("vanished while it was read", place) from None
         except (BaseError, OSError) as error:
             text = str(error)
-            if "403 Forbidden" in text or "401 Unauthorized" in text:  # of a list request
+            passing = any(code in text for code in PASSING)
+            if not passing and ("403 Forbidden" in text or "401 Unauthorized" in text):  # of a list
                 raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
             _refuse_missing_bucket(error, place)
             hint = "is AWS_ENDPOINT_URL right, and does it answer? then run again"
             if "169.254." in text or "credential" in text.lower():
                 hint = "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise StoreError(_brief(error), place, hint) from None
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else -1
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -426,6 +439,7 @@ def _brief(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error).partition("Debug source")[0])
     code = re.search(r"<Code>(\w+)</Code>", text)
     text = re.sub(r":? ?<\?xml.*", "", text)[:300].strip()
+    text = re.sub(r", after \d+ retries, max_retries: \d+, retry_timeout: \w+", "", text)
     return f"{text} ({code[1]})" if code and code[1] not in text else text
 
 
@@ -441,8 +455,12 @@ def _private_folder() -> Path:
     """Return the scratch folder of buckets. SpecError if it belongs to another user."""
     given = os.environ.get(SCRATCH)
     path = Path(given) if given else Path(tempfile.gettempdir(), f"attr-batch-{os.getuid()}")
-    with explained(path):
+    try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        hint = "wanted a folder on a local disk that may be written"
+        raise SpecError(f"{path}: {error.strerror}", SCRATCH, hint) from None
+    with explained(path):
         if not given and path.lstat().st_uid != os.getuid():
             hint = "set it to a folder of yours"
             raise SpecError(f"{path} belongs to another user", SCRATCH, hint)

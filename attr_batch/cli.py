@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     repair.add_argument("--dry-run", action="store_true", help="only show them")
 
     gc = add("gc", _gc, "drop what no spec in a store needs", "attr-batch gc attr-batch-store")
-    gc.add_argument("store", metavar="STORE", help="the store's folder")
+    gc.add_argument("store", metavar="STORE", help="the store's folder or URL")
     gc.add_argument("--apply", action="store_true", help="do it; without: only show")
     gc.add_argument(
         "--forget",
@@ -226,6 +226,8 @@ def _run(arguments: argparse.Namespace) -> None:
     period = _period(arguments)
     job = _open(arguments)
     if arguments.prepare:
+        if arguments.shard or period:
+            raise SpecError("takes neither --shard nor --period", "--prepare", "leave them out")
         prepare(job)
         return
     if period is not None:
@@ -371,9 +373,10 @@ def _repair(arguments: argparse.Namespace) -> None:
 
 
 def _gc(arguments: argparse.Namespace) -> None:
+    from attr_batch.bucket import is_url
     from attr_batch.ledger import Ledger
 
-    if not Path(arguments.store).is_dir():
+    if not is_url(arguments.store) and not Path(arguments.store).is_dir():
         raise SpecError("no such folder", arguments.store, "wanted the `store` of a job spec")
     ledger = Ledger(arguments.store)
     if not ledger.marked:

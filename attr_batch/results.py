@@ -165,6 +165,8 @@ def _agree(job: Job, name: str, attribution: dict[str, Any], data: bytes) -> dic
     if version != __version__ or gaps:
         why = "had gaps" if gaps else f"was made by version {version}"
         warn(f"{place} {why}: replaced")
+        kept = kept_name(job.report_name, digest(old))  # a period may point to it
+        job.ledger.store.publish(kept, old)
         job.ledger.store.replace(name, data)
         return attribution
     if _close(published, attribution):
@@ -243,8 +245,35 @@ def publish_period(job: Job, label: str, *, ours: bool = True) -> None:
         "fitted": {p.name: i for p in job.spec.properties if (i := job.instrument_id(p))},
     }
     told = job.ledger.publish_fact(job.ledger.period_name(label), fact)
-    if any(told.get(key) != fact[key] for key in ("label", "report", "attribution_sha256")):
+    if any(told.get(key) != fact[key] for key in ("label", "report")):
         raise _another_report(job, label)
+    first = period_attribution(job.ledger, told)
+    if first is None or not _same_numbers(first, attribution):
+        raise _another_report(job, label)
+
+
+def kept_name(report: str, sha256: str) -> str:
+    """Return the name under which a report's replaced attribution is kept."""
+    return f"{report}/attribution-{sha256[:12]}.json"
+
+
+def period_attribution(ledger: Ledger, period: dict[str, Any]) -> bytes | None:
+    """Return the bytes that a period points to, None if they are gone."""
+    report, sha256 = period["report"], period["attribution_sha256"]
+    for name in (f"{report}/attribution.json", kept_name(report, sha256)):
+        data = ledger.store.read(name)
+        if data is not None and digest(data) == sha256:
+            return data
+    return None
+
+
+def _same_numbers(first: bytes, second: bytes) -> bool:
+    """Return whether two attributions say the same, whatever version wrote them."""
+    both = [json.loads(data) for data in (first, second)]
+    for attribution in both:
+        for one in attribution["attributions"]:
+            one.pop("version", None)
+    return _close(*both)
 
 
 def _another_report(job: Job, label: str) -> LedgerConflict:
@@ -264,8 +293,7 @@ def periods(ledger: Ledger, spec: JobSpec) -> list[dict[str, Any]]:
         for i, prop in enumerate(spec.properties):
             if prop.name in period["fitted"]:
                 pins[f"properties.{i}.fitted"] = period["fitted"][prop.name]
-        attribution = ledger.store.read(f"{period['report']}/attribution.json")
-        intact = attribution is not None and digest(attribution) == period["attribution_sha256"]
+        intact = period_attribution(ledger, period) is not None
         found.append({**period, "intact": intact, "set": pins})
     return found
 
@@ -564,7 +592,10 @@ class Mirror:
 
         self.job = job
         self._facts: Facts | None = None
-        if job.ledger.local_root is None:  # one key for all pods: the first one published stays
+        given = job.spec.tracking
+        keyed = given.enabled and given.contributors == "pseudonyms" and given.key_env is None
+        if job.ledger.local_root is None and keyed and _tracking_uri(job):
+            # One key for all pods: the first one published stays.
             job.ledger.store.publish("work/pseudonym.key", secrets.token_bytes(32))
         work = job.ledger.work("pseudonym.key").parent
         self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))

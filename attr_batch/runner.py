@@ -339,8 +339,9 @@ def _cpu_model() -> str:
 class Worker:
     """One process's way through the job. `shard` of `shards` counts worker processes.
 
-    `waits`: stay until nobody works on the job any more, as long as the job is not sharded. With a
-    target everyone stays until the batch is done: its values say whether there is another.
+    It stays until its own part is done, whoever is at it: a part whose owner has gone would be
+    nobody's, should a helper die. `waits`: until nobody works on the job any more. With a target
+    everyone stays until the batch is done: its values say whether there is another.
     """
 
     def __init__(
@@ -364,10 +365,16 @@ class Worker:
             if evaluation is not None:
                 self._finished.add(evaluation.key)
                 self._evaluate(evaluation)
-            elif self.waits and any(e.key not in self._finished for e in self.agenda.work):
-                self._breathe()  # another process is at the last ones: should it die, we go on
+            elif any(e.key not in self._finished for e in self._stays_for()):
+                # Another process is at them: should it die, we go on.
+                self._breathe(self.ledger.store.poll_seconds)
             elif not self.agenda.refresh():
                 return
+
+    def _stays_for(self) -> Sequence[Evaluation]:
+        """Return what must be done before this worker goes: of a sharded job its own part."""
+        work = self.agenda.work
+        return work if self.waits else work[self.shard :: self.shards]
 
     def prepare(self, prepares: bool) -> None:
         """Make what is missing of what all share, or wait for it."""
@@ -802,8 +809,10 @@ def run(
                     return None
                 attribution = results.publish(job, provisional, session)
         except BaseException as error:
+            told_to_go = isinstance(error, Interrupted)
+            if mirror is None and isinstance(error, AttrBatchError) and not told_to_go:
+                mirror = results.Mirror(job)  # shard 0, which writes it, may have ended long ago
             if mirror is not None:
-                told_to_go = isinstance(error, Interrupted)
                 brief = told_to_go or isinstance(error, StoreError)  # which cannot be read, either
                 mirror.end("KILLED" if told_to_go else "FAILED", brief=brief)
             raise
@@ -855,9 +864,9 @@ def prepared(job: Job) -> bool:
 
 
 def _others_at_work(job: Job) -> bool:
-    """Return whether some missing evaluation has not failed: another shard has it or will."""
-    left = {e.key for e in missing(job, Agenda(job).work)}
-    return bool(left) and not job.ledger.failed().issuperset(left)
+    """Return whether some missing evaluation has not failed, or is tried again now."""
+    left, failed = missing(job, Agenda(job).work), job.ledger.failed()
+    return any(e.key not in failed or job.ledger.heartbeat(e.key) for e in left)
 
 
 @contextlib.contextmanager

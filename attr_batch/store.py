@@ -181,7 +181,7 @@ def explained(path: Path) -> Iterator[None]:
 class Folder(Store):
     """A folder on a disk, local or shared by all pods."""
 
-    poll_seconds = 1.0
+    poll_seconds = 0.25
 
     def __init__(self, root: str | Path) -> None:
         super().__init__(str(root))

@@ -303,6 +303,8 @@ def public_uri(uri: str) -> str:
     """Return a URI without user, password and query, fit to be shown."""
     if uri.startswith(("sqlite:", "file:")):
         return uri
+    if "://" not in uri:
+        return "…"  # no URI, perhaps a secret in its place
     # To the last @ and not the first /: SQLAlchemy takes a password with either in it.
     return re.sub(r"\?.*", "?…", re.sub(r"//.*@", "//…@", uri))
 

@@ -254,7 +254,7 @@ def hostile(target: Target, index: int) -> bytes:
     seed = random.choice(target.seeds)
     try:
         return target.damage(seed, random)
-    except (RecursionError, ValueError):  # a tree too deep, or in itself, to be written
+    except (RecursionError, ValueError, MemoryError):  # too deep, in itself, too large to write
         return damaged_bytes(seed, random)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from played import prepare
 from played import publish as put
 
-from attr_batch import outlook, results, runner
+from attr_batch import ledger, outlook, results, runner
 from attr_batch.errors import IncompleteDesign, NumericsError
 from attr_batch.estimators import Observation, PairedLS
 from attr_batch.facts import Agenda, Facts
@@ -290,6 +290,40 @@ def test_a_worker_takes_over_from_a_dead_one(opened, played):
     job.ledger.store.replace(name, json.dumps({**beat, "process_start": "0"}).encode())
     Worker(Laboratory(job), 0, 2, "s").work(prepares=True)
     assert runner.complete(job)
+
+
+@pytest.fixture
+def plain(tiny, monkeypatch) -> Job:
+    """Return a job without a target whose evaluations are played."""
+    job = tiny(**SIX, estimator={**SPEC, "surrogate": "none"})
+    prepare(job)
+    monkeypatch.setattr(runner, "run_one", lambda e, lab, _: publish(lab.job, [e]))
+    return job
+
+
+def test_a_shard_stays_until_its_own_part_is_done(plain, monkeypatch):
+    """A pod died at the last evaluation; on another host its heartbeat seems alive for a while."""
+    monkeypatch.setattr(ledger, "ALIVE_SECONDS", 2.0)
+    last = plain.work[0]
+    publish(plain, plain.work[1:])
+    plain.ledger.beat(last.key, "fine-tuning")
+    name = f"work/heartbeats/{last.key}.json"
+    beat = json.loads(plain.ledger.store.read(name))
+    plain.ledger.store.replace(name, json.dumps({**beat, "host": "gone", "token": "x"}).encode())
+    Worker(Laboratory(plain), 1, 2, "other").work(prepares=True)
+    assert not runner.complete(plain), "to another shard it is nothing"
+    Worker(Laboratory(plain), 0, 2, "own").work(prepares=True)
+    assert runner.complete(plain)
+
+
+def test_what_is_tried_again_now_has_not_failed(plain):
+    """A failure of an earlier run is no reason to report while a shard is at it again."""
+    again = plain.work[0]
+    publish(plain, plain.work[1:])
+    plain.ledger.record_failure(again.key, RuntimeError("out of memory"), "before", "x")
+    assert not runner._others_at_work(plain)
+    plain.ledger.beat(again.key, "fine-tuning")
+    assert runner._others_at_work(plain)
 
 
 def test_a_failing_coalition_ends_the_run_and_the_next_goes_on(opened, played, capsys):

@@ -96,7 +96,7 @@ def kill_parent(bench: Bench) -> None:
         process.kill(pid=pid)
         process.end(-signal.SIGKILL)
 
-    disturb(bench, bench.times(10, 1), strike, ("starting", *PHASES, *REPORTING))
+    disturb(bench, bench.times(14, 1), strike, ("starting", *PHASES, *REPORTING))
 
 
 def on_host(name: str) -> list[str]:

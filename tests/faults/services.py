@@ -98,7 +98,9 @@ def s3_bad_network(bench: Bench) -> None:
             site = bench.site()
             site.run(codes=(0, 74))
             site.finish()
-            bench.row.hits.update(network.done)
+            bench.row.hits.update({fault: network.done[fault] for fault in network.FAULTS})
+            requests = bench.row.facts.get("requests", 0) + network.done.total()
+            bench.row.facts["requests"] = requests
 
 
 # -- MLflow -----------------------------------------------------------------------------------
