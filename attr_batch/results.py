@@ -658,6 +658,7 @@ def sync(job: Job) -> None:
 
     Raises:
         SpecError: there is nowhere to write it.
+        DataError: the store's results are of another numerics class.
         StoreError: MLflow is away.
     """
     if not job.spec.tracking.enabled:
@@ -666,6 +667,7 @@ def sync(job: Job) -> None:
     if _tracking_uri(job) is None:
         hint = "set it, or MLFLOW_TRACKING_URI: a bucket holds no SQLite mirror"
         raise SpecError("names no MLflow server", "tracking.uri", hint)
+    _check_numerics(job)
     name = f"{job.report_name}/attribution.json"
     published = job.ledger.store.read(name)
     if published is not None and damaged_report(job):
@@ -683,6 +685,18 @@ def sync(job: Job) -> None:
         reached = mirror.end("FINISHED" if whole else "KILLED", attribution)
     if not reached:
         raise StoreError("MLflow was not reached", "tracking.uri", "see the warning; sync again")
+
+
+def _check_numerics(job: Job) -> None:
+    """Refuse to show a job as empty whose results another kind of machine has made."""
+    heads = [head for head, *_ in job.ledger.plans().values() if head["spec"] == job.spec_digest]
+    others = [head["numerics"] for head in heads if head["numerics"] != job.numerics]
+    if others and not Facts(job).values:
+        what = (
+            f"its results are of the numerics class {others[0]}, this machine's is {job.numerics}"
+        )
+        hint = "run it where device and ops are those (`attr-batch doctor` shows the ops)"
+        raise DataError(what, job.ledger.store.location, hint)
 
 
 def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:

@@ -18,7 +18,7 @@ from played import prepare
 from played import publish as put
 
 from attr_batch import ledger, outlook, results, runner
-from attr_batch.errors import IncompleteDesign, NumericsError
+from attr_batch.errors import DataError, IncompleteDesign, NumericsError
 from attr_batch.estimators import Observation, PairedLS
 from attr_batch.facts import Agenda, Facts
 from attr_batch.job import Evaluation, Job
@@ -314,6 +314,16 @@ def test_a_shard_stays_until_its_own_part_is_done(plain, monkeypatch):
     assert not runner.complete(plain), "to another shard it is nothing"
     Worker(Laboratory(plain), 0, 2, "own").work(prepares=True)
     assert runner.complete(plain)
+
+
+def test_results_of_another_numerics_class_are_not_shown_as_none(plain, tiny, tmp_path):
+    publish(plain, plain.work)
+    tracking = {"uri": f"sqlite:///{tmp_path}/never.db"}
+    elsewhere = tiny(**SIX, estimator={**SPEC, "surrogate": "none"}, tracking=tracking)
+    elsewhere.numerics = {**plain.numerics, "ops": "others"}
+    with pytest.raises(DataError, match="numerics class"):
+        results.sync(elsewhere)
+    assert not (tmp_path / "never.db").exists()
 
 
 def test_what_is_tried_again_now_has_not_failed(plain):
