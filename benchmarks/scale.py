@@ -1,6 +1,6 @@
 """What coordination costs: a sharded job of which only the evaluation itself is played.
 
-    python benchmarks/scale.py --json [--quick] [--bucket]
+    python benchmarks/scale.py --json [--quick] [--bucket] [--coalitions N --shards N]
 
 Shards are processes, at most 16 at a time, that run `runner.run` as pods do; some are killed at
 random and started again, as a Job controller would. Everything is real but two things: the utility
@@ -275,9 +275,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a thousand coalitions, 20 shards")
+    parser.add_argument("--coalitions", type=int, default=100_000)
+    parser.add_argument("--shards", type=int, default=1_000)
     parser.add_argument("--bucket", action="store_true", help="also in a bucket")
     arguments = parser.parse_args()
-    size = (1_000, 20, 4) if arguments.quick else (100_000, 1_000, 40)
+    size = (arguments.coalitions, arguments.shards, 40)
+    if arguments.quick:
+        size = 1_000, 20, 4
     rows = [measure(*size, bucket) for bucket in ([False, True] if arguments.bucket else [False])]
     if arguments.json:
         print(json.dumps(envelope(rows), indent=1))
