@@ -37,7 +37,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attr_batch import runner
+from attr_batch import ledger, runner
 from attr_batch.job import Evaluation, Job
 from attr_batch.ledger import Ledger
 from attr_batch.spec import validate
@@ -104,6 +104,7 @@ def shard(job: Job, store: str, number: int, shards: int, out: Path) -> None:
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
     job.ledger = Ledger(store)  # a client of its own: connections do not survive a fork
+    ledger._TOKEN = secrets.token_hex(8)  # as a spawned process has one of its own
     tally, evaluated = Tally(), []
     if isinstance(job.ledger.store, Folder):
         tally.watch(Folder, ("read", "exists", "children", "publish", "replace", "delete"))
@@ -186,26 +187,25 @@ def prepare(job: Job, store: str, out: Path) -> None:
 def judge(job: Job, store: str, out: Path) -> None:
     """Check that nothing is lost, double or damaged, and that the values are the game's."""
     os.environ["ATTR_BATCH_SCRATCH"] = str(out / "scratch-judge")
-    job.ledger = ledger = Ledger(store)
-    files = [n for n in ledger.store.walk("runs") if not is_temporary(n.rpartition("/")[2])]
+    job.ledger = held = Ledger(store)
+    files = [n for n in held.store.walk("runs") if not is_temporary(n.rpartition("/")[2])]
     planned = {e.key: e for e in job.work}
     by_run = collections.Counter(name.split("/")[1] for name in files)
     assert set(by_run) == set(planned), "lost, or not planned"
     assert set(by_run.values()) == {1 + len(job.spec.properties)}, "double"
     prop = job.spec.properties[0]
     names = {
-        ledger.value_name(key, prop.name, job.property_digest(prop)): e
-        for key, e in planned.items()
+        held.value_name(key, prop.name, job.property_digest(prop)): e for key, e in planned.items()
     }
-    for name, fact in ledger.facts(names).items():
+    for name, fact in held.facts(names).items():
         assert fact is not None, name
         assert fact["value"] == utility(names[name]), name
-    (path,) = [n for n in ledger.store.walk("reports") if n.endswith("attribution.json")]
-    found = json.loads(ledger.store.read(path) or b"")["attributions"][0]["contributors"]
+    (path,) = [n for n in held.store.walk("reports") if n.endswith("attribution.json")]
+    found = json.loads(held.store.read(path) or b"")["attributions"][0]["contributors"]
     worst = max(abs(c["value"] - w) for c, w in zip(found, WEIGHTS, strict=True))
-    left = [n for n in ledger.store.walk("work") if n.startswith("work/heartbeats/")]
+    left = [n for n in held.store.walk("work") if n.startswith("work/heartbeats/")]
     facts = {
-        "files": sum(len(ledger.store.walk(f)) for f in (*FAMILIES, "reports")),
+        "files": sum(len(held.store.walk(f)) for f in (*FAMILIES, "reports")),
         "heartbeats_left": len(left),
         "worst_error_of_a_value": worst,
     }
