@@ -782,7 +782,7 @@ def run(
         NumericsError: evaluations failed for good and the spec allows no such gap.
     """
     started = time.monotonic()
-    own = part(job.plan, job.workers, shard, shards)
+    own = part(Agenda(job).work, job.workers, shard, shards)
     left = missing(job, own)
     found = frozenset(e.key for e in own) - {e.key for e in left}
     session, report = None, f"{job.report_name}/{LAST}"
