@@ -209,7 +209,7 @@ class Bucket(Store):
         with self._answered(name), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._remote, path)
 
-    def publish_folder(self, source: Path, name: str) -> bool:
+    def publish_folder(self, source: Path, name: str) -> None:
         """Upload the finished folder `source` to `name`, its manifest last.
 
         What a killed maker left is replaced as long as there is no manifest. Two makers that are at
@@ -226,13 +226,8 @@ class Bucket(Store):
                 break
             with self._answered(place):
                 obstore.put(self._large, place, file, mode="overwrite")
-        first = self.publish(whole, (source / "manifest.json").read_bytes())
-        self._forget_work(source)
-        return first
-
-    def _forget_work(self, source: Path) -> None:
-        """Remove a finished folder on the way, here and in the bucket."""
-        self.drop(source.relative_to(self._root).as_posix())
+        self.publish(whole, (source / "manifest.json").read_bytes())
+        self.drop(source.relative_to(self._root).as_posix())  # checkpoints that were kept
         shutil.rmtree(source, ignore_errors=True)
 
     def local(self, name: str, files: Mapping[str, str]) -> Path:
@@ -371,25 +366,24 @@ class Bucket(Store):
     def _fetch_changed(
         self, folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]
     ) -> None:
-        sizes = {name: _size(folder.joinpath(*checked(name))) for name in wanted}
+        paths = {name: folder.joinpath(*checked(name)) for name in {*there, *wanted}}
         changed = [
-            n for n, stamp in wanted.items() if [sizes[n], there.get(n)] != [stamp[0], stamp]
+            name
+            for name, stamp in wanted.items()
+            if there.get(name) != stamp or _size(paths[name]) != stamp[0]
         ]
         if changed:
             size = sum(wanted[name][0] for name in changed)
             say(f"fetching {len(changed)} files, {size / 1e6:.1f} MB, from {self.location}")
         for name in {*there} - {*wanted}:
-            folder.joinpath(*checked(name)).unlink(missing_ok=True)
-        self._at_once_into(folder, changed)
+            paths[name].unlink(missing_ok=True)
 
-    def _at_once_into(self, folder: Path, names: Sequence[str]) -> None:
         def get(name: str) -> None:
-            path = folder.joinpath(*checked(name))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._download(name, path):
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            if not self._download(name, paths[name]):
                 raise DataError("vanished while it was fetched", f"{self.location}/{name}")
 
-        _at_once(get, names)
+        _at_once(get, changed)
 
     # -- errors -----------------------------------------------------------------------------------
 
@@ -401,17 +395,15 @@ class Bucket(Store):
         place = f"{self.location}/{name}" if name else self.location
         try:
             yield
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            if any(code in str(error) for code in PASSING):
-                raise StoreError(_brief(error), place, "run again") from None
-            raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
         except FileNotFoundError as error:
             _refuse_missing_bucket(error, place)
             raise LedgerConflict("vanished while it was read", place) from None
         except (BaseError, OSError) as error:
             text = str(error)
-            passing = any(code in text for code in PASSING)
-            if not passing and ("403 Forbidden" in text or "401 Unauthorized" in text):  # of a list
+            # Of a list request the library says no more than the status.
+            forbidden = "403 Forbidden" in text or "401 Unauthorized" in text
+            forbidden |= isinstance(error, PermissionDeniedError | UnauthenticatedError)
+            if forbidden and not any(code in text for code in PASSING):
                 raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
             _refuse_missing_bucket(error, place)
             hint = "is AWS_ENDPOINT_URL right, and does it answer? then run again"

@@ -254,7 +254,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _periods(arguments: argparse.Namespace) -> None:
     from attr_batch.ledger import Ledger
-    from attr_batch.results import periods
+    from attr_batch.results import PAGE, periods
     from attr_batch.spec import load
 
     spec = load(arguments.job, arguments.overrides)
@@ -266,7 +266,8 @@ def _periods(arguments: argparse.Namespace) -> None:
     for period in found:
         changed = "" if period["intact"] else "  (gone or replaced since)"
         print(plain(f"{period['label']}  {period['name']}  spec {period['spec'][:12]}{changed}"))
-        print(f"  {ledger.store.place(period['report'] + '/index.html')}")
+        page = f"{period['report']}/{PAGE}"
+        print(f"  {ledger.store.place(page)}")
         for path, thing_id in period["set"].items():
             print(f"  --set {path}={thing_id}")
 

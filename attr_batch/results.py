@@ -42,6 +42,7 @@ from attr_batch.shapes import Cost as CostShape
 from attr_batch.shapes import fits
 from attr_batch.spec import JobSpec
 
+PAGE = "index.html"  # the last that is written of a report: when it is there, all of it is
 SAME = 1e-9  # relative: results made on another processor differ in the last bits
 SHOWN_COALITIONS = 4
 MOST_DRAWS = 100_000
@@ -150,7 +151,7 @@ def publish(job: Job, provisional: bool = False, session: Session | None = None)
     proof = evidence(facts, attribution)
     store.replace(f"{folder}/cost.json", canonical(cost))
     store.replace(f"{folder}/evidence.json", canonical(proof))
-    store.replace(f"{folder}/index.html", report.page(attribution, proof, cost).encode())
+    store.replace(f"{folder}/{PAGE}", report.page(attribution, proof, cost).encode())
     return attribution
 
 
@@ -492,7 +493,7 @@ def summary(job: Job, attribution: dict[str, Any], provisional: bool) -> str:
             for other in others
         ),
         f"worker seconds  {phases}",
-        f"report          {job.ledger.store.place(f'{name}/index.html')}",
+        f"report          {job.ledger.store.place(f'{name}/{PAGE}')}",
     ]
     if job.spec.tracking.enabled and (uri := _tracking_uri(job)):
         from attr_batch.tracking import where_to_look

@@ -47,7 +47,6 @@ POLL_SECONDS = 0.25
 WATCH_SECONDS = 1.0  # at least, between two looks of the parent at how far everything is
 AHEAD = 64  # evaluations after the last done one at which it looks
 GRID_IMAGES = 64
-LAST = "index.html"  # of a report's files: when it is there, the others are
 FATAL = (64, 65, 73, 74)  # exit codes after which no other worker can do better
 
 
@@ -775,7 +774,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Do whatever is missing of a job, or of one shard of it; report when the plan is complete.
 
-    Returns attribution.json, or None where other shards have work left.
+    Returns attribution.json; of a shard None where others have work left or have reported.
 
     Raises:
         Interrupted: stopped by a signal; checkpoints are written.
@@ -785,7 +784,7 @@ def run(
     own = part(Agenda(job).work, job.workers, shard, shards)
     left = missing(job, own)
     found = frozenset(e.key for e in own) - {e.key for e in left}
-    session, report = None, f"{job.report_name}/{LAST}"
+    session, report = None, f"{job.report_name}/{results.PAGE}"
     why = outlook.reasons(job) if shard == 0 else None
     job.write_down(compare=shard == 0)
     mirror = results.Mirror(job) if shard == 0 else None
@@ -877,7 +876,7 @@ def _reporting(job: Job, shards: int, stopped: list[int]) -> Iterator[bool]:
     """
     name = f"report-{job.spec_digest}"
     while shards > 1 and not job.ledger.claim(name, "report"):
-        if job.ledger.store.exists(f"{job.report_name}/{LAST}"):
+        if job.ledger.store.exists(f"{job.report_name}/{results.PAGE}"):
             yield False
             return
         if stopped:

@@ -104,7 +104,7 @@ class Store(ABC):
         """Remove a mutable file if it is there."""
 
     @abstractmethod
-    def publish_folder(self, source: Path, name: str) -> bool:
+    def publish_folder(self, source: Path, name: str) -> None:
         """Publish the finished folder `source`, made in `scratch`, unless `name` exists.
 
         `source` holds a manifest.json, which says that the folder is whole. It is gone afterwards.
@@ -273,7 +273,7 @@ class Folder(Store):
         with explained(path):
             path.unlink(missing_ok=True)
 
-    def publish_folder(self, source: Path, name: str) -> bool:
+    def publish_folder(self, source: Path, name: str) -> None:
         """Move the finished folder `source` (on the same disk) to `name` unless that exists."""
         path = self.path(name)
         with explained(path):
@@ -290,9 +290,7 @@ class Folder(Store):
                 if not (path / "manifest.json").exists():
                     raise LedgerConflict("has no manifest", str(path), REPAIR_HINT) from None
                 shutil.rmtree(source, ignore_errors=True)
-                return False
             _sync_folder(path.parent)
-            return True
 
     def local(self, name: str, files: Mapping[str, str]) -> Path:
         """Return the folder itself."""

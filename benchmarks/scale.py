@@ -191,8 +191,8 @@ def judge(job: Job, store: str, out: Path) -> None:
     files = [n for n in held.store.walk("runs") if not is_temporary(n.rpartition("/")[2])]
     planned = {e.key: e for e in job.work}
     by_run = collections.Counter(name.split("/")[1] for name in files)
-    assert set(by_run) == set(planned), "lost, or not planned"
-    assert set(by_run.values()) == {1 + len(job.spec.properties)}, "double"
+    lost, files_each = set(planned) - set(by_run), 1 + len(job.spec.properties)
+    double = [key for key, count in by_run.items() if key not in planned or count != files_each]
     prop = job.spec.properties[0]
     names = {
         held.value_name(key, prop.name, job.property_digest(prop)): e for key, e in planned.items()
@@ -205,11 +205,15 @@ def judge(job: Job, store: str, out: Path) -> None:
     worst = max(abs(c["value"] - w) for c, w in zip(found, WEIGHTS, strict=True))
     left = [n for n in held.store.walk("work") if n.startswith("work/heartbeats/")]
     facts = {
+        "lost": len(lost),
+        "double_or_not_planned": len(double),
         "files": sum(len(held.store.walk(f)) for f in (*FAMILIES, "reports")),
         "heartbeats_left": len(left),
         "worst_error_of_a_value": worst,
     }
     (out / "judged.json").write_text(json.dumps(facts))
+    assert not lost, f"lost: {lost}"
+    assert not double, f"double or not planned: {double}"
 
 
 FAMILIES = ("specs", "plans", "bases", "properties", "runs")
@@ -261,7 +265,6 @@ def measure(coalitions: int, shards: int, kills: int, bucket: bool) -> dict[str,
             "at_once": AT_ONCE,
             **took,
             **json.loads((out / "judged.json").read_text()),
-            "lost_or_double": 0,  # `judge` raises otherwise
             "evaluated_by_survivors": sum(one["evaluated"] for one in found),
             "asked": dict(asked),
             "asked_per_coalition": significant(asked.total() / len(keys)),

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def wait_until(ready: Callable[[], bool], server: subprocess.Popen, log: Path) -
         time.sleep(0.05)
 
 
-class Server:
+class Server(ABC):
     """A process group with a log, that can be stopped, killed and started again."""
 
     command: list[str]
@@ -56,9 +57,9 @@ class Server:
         self.port, self.log = free_port(), folder / f"{name}.log"
         self._process: subprocess.Popen | None = None
 
+    @abstractmethod
     def ready(self) -> bool:
         """Whether it answers."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Start and wait until it answers."""
