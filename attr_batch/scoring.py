@@ -344,7 +344,8 @@ def score(readings: Readings) -> Validation:
     studies = [*readings.studies, *([readings.removal] if readings.removal else [])]
     planned = [e for e, _ in Facts(job).rows]
     planned += [e for study in studies for e in job.evaluations(study)]
-    done = {e.key: job.done(e) for e in planned}
+    files = job.survey(planned)
+    done: dict[str, bool] = {e.key: job.done(e, files) for e in planned}
     for baseline in spec.validation.baselines:
         name = readings.studies.label(baseline)
         done[name] = all(name in readings.baselines.get(p.name, {}) for p in spec.properties)
