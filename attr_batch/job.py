@@ -124,6 +124,11 @@ def numerics(device: str) -> dict[str, Any]:
     return {"device": device, "ops": ops.backend(device), "cohort": 1, **threads}
 
 
+def numerics_text(found: Mapping[str, Any]) -> str:
+    """Return a numerics class in words."""
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
 class Job:
     """A spec, its store, and every name that follows from them.
 
@@ -658,9 +663,19 @@ class Job:
         return b"".join(canonical(line) + b"\n" for line in lines)
 
     @property
+    def identity(self) -> str:
+        """What tells this job's results from others': spec and numerics class."""
+        return f"{self.spec_digest}-{digest(self.numerics)[:12]}"
+
+    def other_numerics(self) -> list[dict[str, Any]]:
+        """Return what other numerics classes have planned this spec in the store."""
+        planned = [head["numerics"] for head, *_ in self.ledger.plans(self.spec_digest).values()]
+        return [one for k, one in enumerate(planned) if one not in (self.numerics, *planned[:k])]
+
+    @property
     def report_name(self) -> str:
-        """Name of the report's folder: results of another numerics class are other results."""
-        return f"reports/{self.spec_digest}-{digest(self.numerics)[:12]}"
+        """Name of the report's folder."""
+        return f"reports/{self.identity}"
 
 
 def _pinned_recipe(prop: Property) -> dict[str, Any]:

@@ -245,14 +245,14 @@ class Ledger:
                         found[name.removesuffix(".json")] = spec
         return found
 
-    def plans(self) -> dict[str, list[dict[str, Any]]]:
-        """Return every plan's lines (the first is its head) by file name.
+    def plans(self, spec: str = "") -> dict[str, list[dict[str, Any]]]:
+        """Return the lines (the first is its head) of every plan, or a spec's, by file name.
 
         LedgerConflict if one is damaged: what it needs cannot be known.
         """
         found: dict[str, list[dict[str, Any]]] = {}
         for name in self.store.children("plans"):
-            if not is_temporary(name):
+            if name.startswith(spec) and not is_temporary(name):
                 data = self.store.read(f"plans/{name}") or b""
                 found[name] = _plan_lines(data, self.store.place(f"plans/{name}"))
         return found

@@ -14,7 +14,7 @@ from attr_batch.errors import AttrBatchError, LedgerConflict
 from attr_batch.estimators import Attribution
 from attr_batch.estimators.attribution import PAIRS_PER_CONTRIBUTOR
 from attr_batch.facts import Facts
-from attr_batch.job import Evaluation, Job
+from attr_batch.job import Evaluation, Job, numerics_text
 from attr_batch.ledger import DERIVATION, SAMPLES, Files
 from attr_batch.predecessor import Predecessor
 from attr_batch.spec import validate
@@ -58,6 +58,7 @@ def status(job: Job) -> dict[str, Any]:
         "spec_digest": job.spec_digest,
         "store": str(job.ledger),
         "numerics": job.numerics,
+        "other_numerics": job.other_numerics(),
         "bases": {
             "trained": _thing(job, "bases", job.dense_id),
             "pruned": _thing(job, "bases", job.pruned_id),
@@ -490,6 +491,10 @@ def status_text(facts: dict[str, Any]) -> str:
         f"{'evaluations':<14}{e['done']} of {e['planned']} done, {e['running']} running, "
         f"{e['failed']} failed, {e['waiting']} waiting"
     )
+    lines += [
+        f"  not counted: what the numerics class {numerics_text(other)} did"
+        for other in facts["other_numerics"]
+    ]
     if (v := facts["validation"]) is not None:
         lines.append(f"{'validation':<14}{v['done']} of {v['planned']} done (attr-batch validate)")
     if facts["stopping"] is not None:

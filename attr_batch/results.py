@@ -33,7 +33,7 @@ from attr_batch.errors import (
 )
 from attr_batch.evidence import Cost, Evidence, Failure, Grid, Instrument, PropertyEvidence, Utility
 from attr_batch.facts import Agenda, Facts, one_thread
-from attr_batch.job import Evaluation, Job
+from attr_batch.job import Evaluation, Job, numerics_text
 from attr_batch.ledger import REPAIR_HINT, Ledger
 from attr_batch.log import say, warn
 from attr_batch.properties import Property
@@ -441,7 +441,7 @@ def _provenance(facts: Facts) -> dict[str, str]:
     return {
         "spec digest": job.spec_digest,
         "recipe version": str(RECIPE_VERSION),
-        "numerics class": ", ".join(f"{key} {value}" for key, value in job.numerics.items()),
+        "numerics class": numerics_text(job.numerics),
         "trained model": job.dense_id,
         "pruned model": job.pruned_id,
         "attr-batch": __version__,
@@ -599,7 +599,7 @@ class Mirror:
             # One key for all pods: the first one published stays.
             job.ledger.store.publish("work/pseudonym.key", secrets.token_bytes(32))
         work = job.ledger.work("pseudonym.key").parent
-        self._mirror = tracking.mirror(job.spec.tracking, job.spec_digest, work, _tracking_uri(job))
+        self._mirror = tracking.mirror(job.spec.tracking, job.identity, work, _tracking_uri(job))
         self._thread: threading.Thread | None = None
         self._last = -math.inf
 
@@ -690,12 +690,10 @@ def sync(job: Job) -> None:
 
 def _check_numerics(job: Job) -> None:
     """Refuse to show a job as empty whose results another kind of machine has made."""
-    heads = [head for head, *_ in job.ledger.plans().values() if head["spec"] == job.spec_digest]
-    others = [head["numerics"] for head in heads if head["numerics"] != job.numerics]
+    others = job.other_numerics()
     if others and not Facts(job).values:
-        what = (
-            f"its results are of the numerics class {others[0]}, this machine's is {job.numerics}"
-        )
+        theirs, ours = numerics_text(others[0]), numerics_text(job.numerics)
+        what = f"its results are of the numerics class {theirs}; this machine's is {ours}"
         hint = "run it where device and ops are those (`attr-batch doctor` shows the ops)"
         raise DataError(what, job.ledger.store.location, hint)
 
@@ -728,6 +726,7 @@ def snapshot(facts: Facts, attribution: dict[str, Any] | None = None) -> Any:
     return Snapshot(
         spec={"name": job.spec.name, **job.content},
         spec_digest=job.spec_digest,
+        numerics=job.numerics,
         version=__version__,
         roster=job.card.roster.ids,
         digests={job.spec.data.kind: digest(job.card.recipe())},

@@ -89,12 +89,14 @@ class Snapshot:
     """What is to be seen of a job now. All of it is JSON-able, and none of it comes from MLflow.
 
     `digests` are the content digests of the data by data set name; `roster` the contributor ids in
-    order; `progress` counts coalitions {done, failed, waiting, ...}; `attribution`, `evidence` and
-    `cost` are those of the report, None until there is one; `validation` is validation.json.
+    order; `numerics` is the class of machine (`Job.numerics`); `progress` counts coalitions {done,
+    failed, waiting, ...}; `attribution`, `evidence` and `cost` are those of the report, None until
+    there is one; `validation` is validation.json.
     """
 
     spec: Mapping[str, Any]
     spec_digest: str
+    numerics: Mapping[str, Any]
     version: str
     roster: Sequence[str]
     digests: Mapping[str, str]
@@ -265,15 +267,13 @@ class Pseudonyms:
         }
 
 
-def mirror(
-    tracking: Tracking, spec_digest: str, work: Path, default_uri: str | None
-) -> Mirror | None:
+def mirror(tracking: Tracking, job: str, work: Path, default_uri: str | None) -> Mirror | None:
     """Return the mirror that the job asks for, None if it asks for none.
 
-    `work` is the store's local work folder, which keeps the default key and the lock. None, with a
-    line that says so, if there is neither `tracking.uri` nor `default_uri`; None, with a warning,
-    if that key cannot be had: names are never sent instead. SpecError if the environment variable
-    named by `tracking.key_env` is empty.
+    `job` is what its runs are found by. `work` is the store's local work folder, which keeps the
+    default key and the lock. None, with a line that says so, if there is neither `tracking.uri` nor
+    `default_uri`; None, with a warning, if that key cannot be had: names are never sent instead.
+    SpecError if the environment variable named by `tracking.key_env` is empty.
     """
     if not tracking.enabled:
         return None
@@ -296,7 +296,7 @@ def mirror(
                 "tracking.key_env",
                 "set it to a long random text, or leave key_env out",
             )
-    return Mirror(uri, tracking.experiment, spec_digest, key, work / "mlflow.lock")
+    return Mirror(uri, tracking.experiment, job, key, work / "mlflow.lock")
 
 
 def public_uri(uri: str) -> str:
@@ -366,12 +366,10 @@ class Mirror:
     ends after the requests it has sent.
     """
 
-    def __init__(
-        self, uri: str, experiment: str, spec_digest: str, key: bytes | None, lock: Path
-    ) -> None:
+    def __init__(self, uri: str, experiment: str, job: str, key: bytes | None, lock: Path) -> None:
         self.leaving = threading.Event()
         self._uri, self._experiment = uri, experiment
-        self._spec_digest, self._key, self._lock = spec_digest, key, lock
+        self._job, self._key, self._lock = job, key, lock
         self._client: Any = None
         self._experiment_id = ""
         self._parent: str | None = None
@@ -537,8 +535,7 @@ class Mirror:
         while True:
             page = self._client.search_runs(
                 [self._experiment_id],
-                f"tags.`attr_batch.spec_digest` = '{self._spec_digest}' "
-                f"and tags.`attr_batch.kind` = '{kind}'",
+                f"tags.`attr_batch.job` = '{self._job}' and tags.`attr_batch.kind` = '{kind}'",
                 max_results=1000,
                 page_token=token,
             )
@@ -558,7 +555,7 @@ class Mirror:
         run = self._client.create_run(
             self._experiment_id,
             run_name=str(snapshot.spec.get("name", "job"))[:MAX_KEY],
-            tags={"attr_batch.spec_digest": self._spec_digest, "attr_batch.kind": "job"},
+            tags={"attr_batch.job": self._job, "attr_batch.kind": "job"},
         )
         return self._find_parent() or run.info.run_id
 
@@ -613,7 +610,7 @@ class Mirror:
 
         def send(child: Child) -> None:
             self._stay()
-            self._send_child(parent, child, found.get(child.key))
+            self._send_child(parent, snapshot, child, found.get(child.key))
 
         # SQLite knows one writer.
         with ThreadPoolExecutor(WRITERS if self._remote else 1) as pool:
@@ -640,7 +637,9 @@ class Mirror:
             found[key] = "done" if first.info.status == "FINISHED" else first.info.run_id
         return found
 
-    def _send_child(self, parent: str, child: Child, run_id: str | None) -> None:
+    def _send_child(
+        self, parent: str, snapshot: Snapshot, child: Child, run_id: str | None
+    ) -> None:
         """Create a coalition's run, or complete one that a killed process left half written."""
         from mlflow.entities import Metric
 
@@ -649,7 +648,8 @@ class Mirror:
             tags = {
                 "mlflow.parentRunId": parent,
                 "attr_batch.kind": "coalition",
-                "attr_batch.spec_digest": self._spec_digest,
+                "attr_batch.job": self._job,
+                "attr_batch.spec_digest": snapshot.spec_digest,
                 "attr_batch.run_key": child.key,
                 "attr_batch.coalition": child.coalition,
                 "attr_batch.role": child.role,
@@ -711,7 +711,12 @@ def _params(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tags(snapshot: Snapshot) -> dict[str, str]:
-    tags = {"attr_batch.version": snapshot.version, "attr_batch.players": str(len(snapshot.roster))}
+    tags = {
+        "attr_batch.spec_digest": snapshot.spec_digest,
+        "attr_batch.version": snapshot.version,
+        "attr_batch.players": str(len(snapshot.roster)),
+    }
+    tags |= {f"attr_batch.numerics.{_key(k)}": str(v) for k, v in snapshot.numerics.items()}
     tags |= {f"attr_batch.data.{_key(k)}": v for k, v in snapshot.digests.items()}
     tables = [{"path": "coalitions.json", "type": "table"}]
     if snapshot.attribution is not None:

@@ -324,6 +324,11 @@ def test_results_of_another_numerics_class_are_not_shown_as_none(plain, tiny, tm
     with pytest.raises(DataError, match="numerics class"):
         results.sync(elsewhere)
     assert not (tmp_path / "never.db").exists()
+    found = outlook.status(elsewhere)
+    assert found["evaluations"]["done"] == 0
+    assert found["other_numerics"] == [plain.numerics]
+    assert "not counted" in outlook.status_text(found)
+    assert outlook.status(plain)["other_numerics"] == []
 
 
 def test_what_is_tried_again_now_has_not_failed(plain):

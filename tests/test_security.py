@@ -370,7 +370,7 @@ URIS = (
 def test_no_message_about_mlflow_holds_its_password(tmp_path, capsys, uri):
     """Libraries quote whatever part of a URI they could not read."""
     mirror = Mirror(uri, "e", "0" * 64, b"k" * 32, tmp_path / "lock")
-    assert not mirror.sync(Snapshot({}, "0" * 64, "0", ["a", "b"], {}, []))
+    assert not mirror.sync(Snapshot({}, "0" * 64, {}, "0", ["a", "b"], {}, []))
     shown = capsys.readouterr().err
     assert "is not written" in shown
     assert CANARY not in shown
@@ -446,6 +446,7 @@ def test_nothing_that_is_sent_to_mlflow_names_a_contributor(tmp_path):
             "order": [prop.name for prop in job.properties],
         },
         spec_digest="5e" * 32,
+        numerics={},
         version="0",
         roster=list(PEOPLE),
         digests={"digits": "d1" * 32},

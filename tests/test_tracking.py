@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def snapshot(n=4, pairs=6, *, ids=None, finished=True, **spec) -> Snapshot:
             **spec,
         },
         spec_digest=SPEC_DIGEST,
+        numerics={"device": "cpu", "threads": 1},
         version="0.1.0",
         roster=list(ids),
         digests={"digits": "d1" * 32},
@@ -91,9 +93,11 @@ def store(tmp_path, empty_store) -> Path:
     return path
 
 
-def mirror_of(store: Path, key: bytes | None = KEY, experiment: str = "job") -> Mirror:
+def mirror_of(
+    store: Path, key: bytes | None = KEY, experiment: str = "job", job: str = SPEC_DIGEST
+) -> Mirror:
     lock = store.with_name("mlflow.lock")
-    return Mirror(f"sqlite:///{store}", experiment, SPEC_DIGEST, key, lock)
+    return Mirror(f"sqlite:///{store}", experiment, job, key, lock)
 
 
 def client_of(store: Path):
@@ -213,6 +217,23 @@ def test_a_job_grows_is_killed_and_resumes_under_the_same_run(store):
     assert len(children) == len(shot.children)
     assert again.end("FAILED")
     assert runs_of(store)[0][0].info.status == "FAILED"
+
+
+def test_one_spec_on_two_classes_of_machine_is_two_jobs(store):
+    shot = snapshot()
+    theirs = [replace(child, key=child.key[::-1]) for child in shot.children]
+    assert mirror_of(store, job="5e-cpu").end("FINISHED", shot)
+    assert mirror_of(store, job="5e-cuda").end("KILLED", replace(shot, children=theirs[:3]))
+    assert mirror_of(store, job="5e-cpu").end("FINISHED", shot)
+    parents, children = runs_of(store)
+    found = {p.data.tags["attr_batch.job"]: p for p in parents}
+    assert {name: p.info.status for name, p in found.items()} == {
+        "5e-cpu": "FINISHED",
+        "5e-cuda": "KILLED",
+    }
+    held = Counter(c.data.tags["mlflow.parentRunId"] for c in children)
+    assert held[found["5e-cpu"].info.run_id] == len(shot.children)
+    assert held[found["5e-cuda"].info.run_id] == 3
 
 
 def end_together(store: Path, start, ended) -> None:
@@ -527,11 +548,11 @@ def test_a_sync_on_its_way_is_left_and_taken_up_again(store, capsys):
     mirror, shot = mirror_of(store), snapshot()
     send, sent = mirror._send_child, []
 
-    def leave_at_the_third(parent, child, run_id):
+    def leave_at_the_third(parent, shot, child, run_id):
         sent.append(child.key)
         if len(sent) == 3:
             mirror.leaving.set()
-        send(parent, child, run_id)
+        send(parent, shot, child, run_id)
 
     mirror._send_child = leave_at_the_third
     assert not mirror.sync(shot)
