@@ -145,7 +145,8 @@ class Bucket(Store):
         with self._answered(name):
             found = obstore.list_with_delimiter(self._remote, path)
             paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
-            return sorted(child.rstrip("/").rpartition("/")[2] for child in paths)
+            # An empty folder may be an object itself: a server's or a console's marker.
+            return sorted(p.rstrip("/").rpartition("/")[2] for p in paths if p != path)
 
     def listing(self, name: str, children: Sequence[str]) -> dict[str, list[str]]:
         """Return what `children` returns of each of these children of folder `name`.
@@ -169,7 +170,9 @@ class Bucket(Store):
         path = "/".join(checked(name))
         with self._answered(name):
             listing = obstore.list(self._remote, path, chunk_size=1000)
-            return {item["path"]: item["size"] for chunk in listing for item in chunk}
+            found = {item["path"]: item["size"] for chunk in listing for item in chunk}
+        found.pop(path, None)  # as above
+        return found
 
     def publish(self, name: str, data: bytes) -> bool:
         """Create `name` with `data` unless it exists; True if this call created it."""

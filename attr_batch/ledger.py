@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from attr_batch.bucket import open_store
 from attr_batch.errors import AttrBatchError, LedgerConflict
-from attr_batch.log import TICK_SECONDS
+from attr_batch.log import TICK_SECONDS, OnTick
 from attr_batch.recipe import canonical, digest, file_digest
 from attr_batch.shapes import Beat, Failure, PlanHead, PlanKey, fits, shape_of
 from attr_batch.store import REPAIR_HINT, Folder, is_temporary
@@ -392,6 +393,35 @@ class Ledger:
     def beat(self, name: str, phase: str, done: int = 0, total: int = 0) -> None:
         """Say that this process works on `name`."""
         self.store.replace(_beat_name(name), _beat(name, phase, done, total))
+
+    @contextlib.contextmanager
+    def beating(self, name: str, phase: str) -> Iterator[OnTick]:
+        """Keep the heartbeat of `name` going, also while nothing ticks, and end it.
+
+        Gives what an `Upkeep` calls at a tick: it raises what the store does, the pulse does not.
+        """
+        at, over = (0, 0), threading.Event()
+
+        def beat(done: int, total: int, _: dict[str, float]) -> None:
+            nonlocal at
+            at = done, total
+            self.beat(name, phase, done, total)
+
+        def pulse() -> None:
+            while not over.wait(TICK_SECONDS):
+                with contextlib.suppress(AttrBatchError, OSError):
+                    self.beat(name, phase, *at)
+
+        self.beat(name, phase)
+        thread = threading.Thread(target=pulse, daemon=True)
+        thread.start()
+        try:
+            yield beat
+        finally:
+            over.set()
+            thread.join()
+            with contextlib.suppress(AttrBatchError):
+                self.rest(name)
 
     def claim(self, name: str, phase: str) -> bool:
         """Begin to work on `name` unless another live process does; True if it is ours.

@@ -72,6 +72,9 @@ class Progress:
             self._bar = None
 
 
+OnTick = Callable[[int, int, dict[str, float]], None]  # done, total, figures
+
+
 class Upkeep:
     """What a long loop calls once an iteration: heartbeat, checkpoints, and whether to stop.
 
@@ -86,7 +89,7 @@ class Upkeep:
 
     def __init__(
         self,
-        on_tick: Callable[[int, int, dict[str, float]], None] | None = None,
+        on_tick: OnTick | None = None,
         stopping: Callable[[], bool] = lambda: False,
         seconds: float = TICK_SECONDS,
         on_saved: Callable[[], None] = lambda: None,

@@ -17,7 +17,6 @@ import platform
 import secrets
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -36,7 +35,7 @@ from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
 from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.ledger import ALIVE_SECONDS
-from attr_batch.log import TICK_SECONDS, Progress, Upkeep, say
+from attr_batch.log import Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
@@ -499,36 +498,18 @@ class Worker:
 
     @contextlib.contextmanager
     def _claimed(self, name: str, phase: str, work: str) -> Iterator[Upkeep]:
-        """Keep the heartbeat of `name` going, also while nothing ticks, and end it.
+        """Keep the heartbeat of `name` going while it is worked on.
 
         Checkpoints, which lie at `work`, are kept for whoever goes on should this process end.
         """
-        at, over = [0, 0], threading.Event()
-
-        def beat(done: int, total: int, _: dict[str, float]) -> None:
-            at[:] = done, total
-            self.ledger.beat(name, phase, done, total)
-
-        def pulse() -> None:
-            while not over.wait(TICK_SECONDS):
-                with contextlib.suppress(AttrBatchError, OSError):
-                    self.ledger.beat(name, phase, *at)
-
-        self.ledger.beat(name, phase)
-        thread = threading.Thread(target=pulse, daemon=True)
-        thread.start()
         keep = partial(self.ledger.store.keep, work)
-        try:
-            with explained(Path("work", work)):  # checkpoints and folders on the way are files too
-                yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
-        except Interrupted:
-            keep()
-            raise
-        finally:
-            over.set()
-            thread.join()
-            with contextlib.suppress(AttrBatchError):
-                self.ledger.rest(name)
+        with self.ledger.beating(name, phase) as beat:
+            try:
+                with explained(Path("work", work)):  # checkpoints and folders are files too
+                    yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
+            except Interrupted:
+                keep()
+                raise
 
     def _breathe(self, seconds: float = POLL_SECONDS) -> None:
         last = time.monotonic() + seconds
@@ -874,7 +855,7 @@ def _reporting(job: Job, shards: int, stopped: list[int]) -> Iterator[bool]:
 
     While another is at it, wait: should that one die, nobody else would write it.
     """
-    name = f"report-{job.spec_digest}"
+    name = f"report-{job.identity}"
     while shards > 1 and not job.ledger.claim(name, "report"):
         if job.ledger.store.exists(f"{job.report_name}/{results.PAGE}"):
             yield False
@@ -882,11 +863,8 @@ def _reporting(job: Job, shards: int, stopped: list[int]) -> Iterator[bool]:
         if stopped:
             raise Interrupted("stopped by a signal", hint="run the same command again to go on")
         time.sleep(job.ledger.store.poll_seconds)
-    try:
+    with job.ledger.beating(name, "report") if shards > 1 else contextlib.nullcontext():
         yield True
-    finally:
-        if shards > 1:
-            job.ledger.rest(name)
 
 
 def announce(job: Job, shard: int, shards: int, why: dict[str, Any] | None) -> None:

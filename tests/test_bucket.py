@@ -158,6 +158,15 @@ def test_no_secret_is_in_a_message(bucket, monkeypatch):
     assert "canary-secret" not in str(caught.value)
 
 
+def test_a_folder_that_became_empty_lists_nothing(bucket):
+    """The server keeps an object of the folder's own name."""
+    store = open_store(bucket)
+    store.publish("runs/k/x", b"1")
+    store.delete("runs/k/x")
+    assert store.children("runs/k") == []
+    assert store.walk("runs/k") == {}
+
+
 def test_a_listing_is_the_same_for_few_and_many(bucket, monkeypatch):
     store = open_store(bucket)
     for key in ("a", "b", "c"):

@@ -218,6 +218,20 @@ def test_heartbeats_end_with_their_process_and_their_age(ledger, monkeypatch):
     assert ledger.heartbeat("k") is None
 
 
+def test_a_heartbeat_goes_on_while_nothing_ticks_and_ends_with_the_work(ledger, monkeypatch):
+    monkeypatch.setattr(ledger_module, "TICK_SECONDS", 0.01)
+    with ledger.beating("report", "report") as beat:
+        beat(2, 3, {})
+        first = ledger.heartbeat("report")
+        until = time.monotonic() + 10
+        while ledger.heartbeat("report").time == first.time and time.monotonic() < until:
+            time.sleep(0.01)
+        later = ledger.heartbeat("report")
+        assert later.time > first.time
+        assert (later.done, later.total) == (2, 3)
+    assert ledger.heartbeats() == []
+
+
 def test_a_torn_heartbeat_counts_as_none(ledger):
     ledger.store.replace("work/heartbeats/k.json", b'{"name": "k"')
     assert ledger.heartbeat("k") is None
