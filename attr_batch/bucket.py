@@ -26,6 +26,7 @@ from attr_batch.recipe import file_digest
 from attr_batch.store import Folder, Store, checked, explained, is_temporary
 
 SCRATCH = "ATTR_BATCH_SCRATCH"  # environment variable: where a bucket's local files lie
+ROOM_HINT = f"make room where ${SCRATCH} points, or let it point elsewhere, and run again"
 CONCURRENT = 64  # requests at a time
 FEW = 256  # folders that are listed one by one rather than by walking through all there are
 URL = re.compile(r"(s3|gs|az)://([^/?#@:%]+)(?:/([^?#%]*))?")
@@ -73,6 +74,7 @@ class Bucket(Store):
     """
 
     poll_seconds = 5.0
+    room_hint = ROOM_HINT
 
     def __init__(self, url: str, where: str = "store") -> None:
         match = URL.fullmatch(url.rstrip("/"))
@@ -170,9 +172,8 @@ class Bucket(Store):
         path = "/".join(checked(name))
         with self._answered(name):
             listing = obstore.list(self._remote, path, chunk_size=1000)
-            found = {item["path"]: item["size"] for chunk in listing for item in chunk}
-        found.pop(path, None)  # as above
-        return found
+            items = (item for chunk in listing for item in chunk)
+            return {item["path"]: item["size"] for item in items if item["path"] != path}
 
     def publish(self, name: str, data: bytes) -> bool:
         """Create `name` with `data` unless it exists; True if this call created it."""
@@ -236,7 +237,7 @@ class Bucket(Store):
     def local(self, name: str, files: Mapping[str, str]) -> Path:
         """Return a local copy of a published folder; what is there already is not fetched again."""
         folder = self._root / "fetched" / Path(*checked(name))
-        with explained(folder):
+        with explained(folder, ROOM_HINT):
             folder.mkdir(parents=True, exist_ok=True)
             for file, sha256 in files.items():
                 (part,) = checked(file)
@@ -294,7 +295,7 @@ class Bucket(Store):
     def scratch(self, name: str) -> Path:
         """Return the local path of work on the way, fetched if another began it elsewhere."""
         path = self._root / "work" / Path(*checked(name))
-        with explained(path):
+        with explained(path, ROOM_HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() and not name.startswith("locks/"):
                 self._fetch_work(f"work/{name}", path)
@@ -354,7 +355,7 @@ class Bucket(Store):
         """Return a local folder with everything there is, fetched as far as it changed."""
         folder = self._root / "data"
         index = self._root / "data.json"
-        with explained(folder):
+        with explained(folder, ROOM_HINT):
             folder.mkdir(parents=True, exist_ok=True)
             with (self._root / "data.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -455,7 +456,7 @@ def _private_folder() -> Path:
     except OSError as error:
         hint = "wanted a folder on a local disk that may be written"
         raise SpecError(f"{path}: {error.strerror}", SCRATCH, hint) from None
-    with explained(path):
+    with explained(path, ROOM_HINT):
         if not given and path.lstat().st_uid != os.getuid():
             hint = "set it to a folder of yours"
             raise SpecError(f"{path} belongs to another user", SCRATCH, hint)

@@ -505,7 +505,7 @@ class Worker:
         keep = partial(self.ledger.store.keep, work)
         with self.ledger.beating(name, phase) as beat:
             try:
-                with explained(Path("work", work)):  # checkpoints and folders are files too
+                with explained(Path("work", work), self.ledger.store.room_hint):
                     yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
             except Interrupted:
                 keep()

@@ -27,6 +27,7 @@ from pathlib import Path
 from attr_batch.errors import DataError, LedgerConflict, SpecError, StoreError
 
 REPAIR_HINT = "`attr-batch repair JOB.yaml` puts such files aside; the next run makes them again"
+ROOM_HINT = "free some space (`attr-batch gc STORE`), or mount it writable, and run again"
 
 
 def is_temporary(name: str) -> bool:
@@ -45,10 +46,12 @@ def checked(name: str) -> list[str]:
 class Store(ABC):
     """Files by name. Errors: DataError forbidden, StoreError full or away, LedgerConflict damaged.
 
-    `poll_seconds` is how long to wait between two looks at it.
+    `poll_seconds` is how long to wait between two looks at it, `room_hint` what helps where its
+    local files find no room.
     """
 
     poll_seconds: float
+    room_hint: str = ROOM_HINT
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -164,7 +167,7 @@ class Store(ABC):
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path, room_hint: str = ROOM_HINT) -> Iterator[None]:
     """Turn the operating system's errors about `path` into ours."""
     try:
         yield
@@ -174,8 +177,7 @@ def explained(path: Path) -> Iterator[None]:
         what = error.strerror or str(error)
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
             raise LedgerConflict(what, str(path), REPAIR_HINT) from error
-        hint = "free some space (`attr-batch gc STORE`), or mount it writable, and run again"
-        raise StoreError(what, str(path), hint) from error
+        raise StoreError(what, str(path), room_hint) from error
 
 
 class Folder(Store):

@@ -158,6 +158,18 @@ def test_no_secret_is_in_a_message(bucket, monkeypatch):
     assert "canary-secret" not in str(caught.value)
 
 
+def test_where_local_files_find_no_room_the_hint_names_their_place(bucket, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    store = open_store(bucket)
+    store.publish("bases/b/card.json", b"{}")
+    monkeypatch.setattr(store, "_download", full)
+    with pytest.raises(StoreError, match="No space") as caught:
+        store.local("bases/b", {"card.json": "0" * 64})
+    assert "ATTR_BATCH_SCRATCH" in str(caught.value.problems[0].hint)
+
+
 def test_a_folder_that_became_empty_lists_nothing(bucket):
     """The server keeps an object of the folder's own name."""
     store = open_store(bucket)
