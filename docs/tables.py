@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -315,6 +316,61 @@ def norms() -> str:
             name = row["name"].removeprefix("norm_act ").replace("both", "forward and backward")
             rows.append([name, f"{row['ratio_eager']:.2f}x", f"{row['ratio_inductor']:.2f}x"])
     return table(["type, batch x channels x side x side", "eager", "inductor"], rows)
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def faults() -> str:
+    """Each fault of tests/faults: how often it came where, how the runs ended, what was left."""
+    rows = []
+    for row in result("faults")["rows"]:
+        hits = ", ".join(f"{phase} {count}" for phase, count in row["hits"].items())
+        codes = ", ".join(f"{_ended(k)} × {count}" for k, count in row["exit_codes"].items())
+        came = "as promised" if row["same_bytes"] is None else "same bytes"
+        came = "not here" if row["not_here"] else "**missed**" if row["missed"] else came
+        what = f"{row['what']} (short form)" if row["quick"] else row["what"]
+        rows.append([what, hits, codes, came])
+    return table(["fault", "came while, times", "the runs ended with, times", "after it"], rows)
+
+
+def _ended(code: str) -> str:
+    return signal.Signals(-int(code)).name if code.startswith("-") else code
+
+
+def scale() -> str:
+    """What shards ask of the store, by where it is and how large the job is."""
+    rows = [
+        [
+            f"{row['name']}, {row['coalitions']:,} coalitions, {row['shards']:,} shards",
+            f"{row['killed']}",
+            f"{row['lost']} / {row['double_or_not_planned']}",
+            f"{row['files']:,}",
+            f"{row['asked_per_coalition']:.0f}",
+            f"{1000 * row['cpu_seconds_per_coalition']:.1f}",
+            most(row["wall_seconds"]),
+        ]
+        for row in result("scale")["rows"]
+    ]
+    heads = ["store", "killed", "lost / double", "files", "asked per coalition"]
+    return table([*heads, "CPU ms per coalition", "seconds in all"], rows)
+
+
+def large_store() -> str:
+    """What a large store costs to read."""
+    rows = [
+        [row["name"], most(row["folder"]), most(row["bucket"])] for row in result("store")["rows"]
+    ]
+    return table(["", "folder, s", "bucket, s"], rows)
+
+
+def mirror() -> str:
+    """What the MLflow mirror costs on a real server."""
+    rows = [
+        [row["name"], f"{row['sent']:,}", f"{row['requests']:,}", most(row["seconds"])]
+        for row in result("mirror")["rows"]
+    ]
+    return table(["sync", "children sent", "requests", "seconds"], rows)
 
 
 def pages() -> list[Path]:
