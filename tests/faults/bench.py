@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -392,6 +393,8 @@ def play(bench: Bench, scenarios: Mapping[str, Scenario]) -> Iterator[Row]:
             bench.row.not_here = str(reason)
         except AssertionError as error:
             bench.row.missed = str(error)
+        except Exception:  # the bench's own fault: say so, and go on with the next scenario
+            bench.row.missed = traceback.format_exc()
         finally:
             for process in bench.started:
                 process.kill()

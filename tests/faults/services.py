@@ -25,7 +25,7 @@ def in_s3(bench: Bench, seed: int = 0, share: float = 0.0) -> Iterator[tuple[Any
     from tests.s3 import BUCKET, SeaweedFS
 
     bench.undisturbed()  # lies in a folder: the bytes are the same
-    folder = bench.scratch / f"{bench.row.name}-server"
+    folder = bench.scratch / f"{bench.row.name}-server-{seed}"
     folder.mkdir()
     try:
         server = SeaweedFS(folder)

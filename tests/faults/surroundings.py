@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import install
+
 from .bench import ROOT, TREE, Bench, NotHere, Site, expect
 from .kills import met, on_host, reach
 
@@ -135,6 +137,7 @@ def out_of_memory(bench: Bench) -> None:
     folder = bench.scratch / "hungry"
     folder.mkdir()
     (folder / "faults_hungry.py").write_text(HUNGRY)
+    install(folder, "faults_hungry.py")
     sys.path.insert(0, str(folder))  # for the oracle
     properties = [*TREE["properties"], {"kind": "call", "target": "faults_hungry:share_of_ink"}]
     path = {"PYTHONPATH": f"{ROOT}:{folder}"}
