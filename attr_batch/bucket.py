@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,18 +182,34 @@ class Bucket(Store):
 
     def _create(self, remote: Any, name: str, data: bytes | Path) -> bool:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, GenericError
+        from obstore.exceptions import AlreadyExistsError
 
         path = "/".join(checked(name))
+
+        def create() -> bool:
+            try:
+                obstore.put(remote, path, data, mode="create")
+            except AlreadyExistsError:
+                return False  # or the answer to our first try was lost: the same bytes
+            return True
+
+        return self._insisting(create, name)
+
+    def _upload(self, file: Path, name: str) -> None:
+        import obstore
+
+        self._insisting(lambda: obstore.put(self._large, name, file, mode="overwrite"), name)
+
+    def _insisting(self, call: Callable[[], R], name: str) -> R:
+        """Repeat a call whose connection broke: the library repeats what is a GET or a PUT only."""
+        from obstore.exceptions import GenericError
+
         last = time.monotonic() + RETRY_SECONDS
         while True:
             with self._answered(name):
                 try:
-                    obstore.put(remote, path, data, mode="create")
-                    return True
-                except AlreadyExistsError:
-                    return False  # or the answer to our first try was lost: the same bytes
-                except GenericError:  # a broken connection: the library repeats no create
+                    return call()
+                except GenericError:
                     if RETRIES == 0 or time.monotonic() > last:
                         raise
             time.sleep(PAUSES[0])
@@ -207,11 +224,7 @@ class Bucket(Store):
 
     def delete(self, name: str) -> None:
         """Remove a mutable file if it is there."""
-        import obstore
-
-        path = "/".join(checked(name))
-        with self._answered(name), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._remote, path)
+        self._delete_all(["/".join(checked(name))])
 
     def publish_folder(self, source: Path, name: str) -> None:
         """Upload the finished folder `source` to `name`, its manifest last.
@@ -219,8 +232,6 @@ class Bucket(Store):
         What a killed maker left is replaced as long as there is no manifest. Two makers that are at
         it at the same moment make the same bytes; should they not, the manifest tells.
         """
-        import obstore
-
         whole = f"{name}/manifest.json"
         for file in sorted(source.iterdir()):
             place = f"{name}/{file.name}"
@@ -228,8 +239,7 @@ class Bucket(Store):
                 continue
             if self.exists(whole):
                 break
-            with self._answered(place):
-                obstore.put(self._large, place, file, mode="overwrite")
+            self._upload(file, place)
         self.publish(whole, (source / "manifest.json").read_bytes())
         self.drop(source.relative_to(self._root).as_posix())  # checkpoints that were kept
         shutil.rmtree(source, ignore_errors=True)
@@ -285,9 +295,13 @@ class Bucket(Store):
     def _delete_all(self, names: Sequence[str]) -> None:
         import obstore
 
+        def delete(some: Sequence[str]) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._remote, some)
+
         for start in range(0, len(names), 1000):
-            with self._answered(names[start]), contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._remote, names[start : start + 1000])
+            some = names[start : start + 1000]
+            self._insisting(partial(delete, some), some[0])
 
     def _forget_copies(self, name: str) -> None:
         shutil.rmtree(self._root / "fetched" / Path(*checked(name)), ignore_errors=True)
@@ -311,8 +325,6 @@ class Bucket(Store):
 
     def keep(self, name: str) -> None:
         """Upload what lies at `scratch(name)`, as far as it has changed."""
-        import obstore
-
         path = self._root / "work" / Path(*checked(name))
         files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
         for file in files:
@@ -321,8 +333,7 @@ class Bucket(Store):
             place = f"work/{name}" if file == path else f"work/{name}/{file.name}"
             stamp = _stamp(file)
             if self._kept.get(place) != stamp:
-                with self._answered(place):
-                    obstore.put(self._large, place, file, mode="overwrite")
+                self._upload(file, place)
                 self._kept[place] = stamp
 
     def discard(self, name: str) -> None:

@@ -24,6 +24,7 @@ from attr_batch.runner import run
 from attr_batch.spec import validate
 from attr_batch.store import Folder
 from tests.conftest import TINY, work_through
+from tests.faults.proxy import BadNetwork
 from tests.s3 import READER, READER_SECRET
 
 
@@ -149,6 +150,30 @@ def test_a_store_that_does_not_answer_is_a_store_error(bucket, monkeypatch):
         with pytest.raises(StoreError, match="Error performing") as caught:
             open_store(bucket).read("specs/s.json")
     assert caught.value.exit_code == 74
+
+
+def test_every_verb_gets_through_a_network_that_breaks(bucket, s3_server, monkeypatch):
+    with BadNetwork(s3_server.port, share=0.4, seed=1, delay=0.01) as network:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{network.port}")
+        monkeypatch.setattr(bucket_module, "PAUSES", (0.02, 0.1))
+        store = open_store(bucket)
+        for i in range(8):
+            assert store.publish(f"specs/{i}.json", b"{}") in (True, False)
+            store.replace(f"failures/{i}.json", b"{}")
+        work = store.scratch("bases/b")
+        work.mkdir()
+        (work / "weights").write_bytes(bytes(12 << 20))  # sent in parts
+        (work / "manifest.json").write_bytes(b"{}")
+        store.keep("bases/b")
+        store.publish_folder(work, "bases/b")
+        store.move("specs/0.json", "quarantine/0.json")
+        for i in range(8):
+            store.delete(f"failures/{i}.json")
+        store.drop("bases/b")
+        assert store.children("failures") == []
+        assert store.walk("bases/b") == {}
+        assert len(store.children("specs")) == 7
+    assert all(network.done[fault] for fault in network.FAULTS), network.done
 
 
 def test_no_secret_is_in_a_message(bucket, monkeypatch):

@@ -32,10 +32,13 @@ class BadNetwork:
         self.port = self._listener.getsockname()[1]
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _close(self._listener)  # wakes up who accepts
+        self._accepting.join()
         self._listener.close()
 
     def _accept(self) -> None:
@@ -49,9 +52,15 @@ class BadNetwork:
             except OSError:
                 _reset(client)
                 continue
-            lost = threading.Event()
-            for work in (self._requests, self._answers):
-                threading.Thread(target=work, args=(client, server, lost), daemon=True).start()
+            threading.Thread(target=self._serve, args=(client, server), daemon=True).start()
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        lost = threading.Event()
+        with client, server:
+            answers = threading.Thread(target=self._answers, args=(client, server, lost))
+            answers.start()
+            self._requests(client, server, lost)
+            answers.join()
 
     def _requests(
         self, client: socket.socket, server: socket.socket, lost: threading.Event
