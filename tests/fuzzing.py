@@ -10,6 +10,7 @@ memory than `BYTES`.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -75,7 +76,7 @@ def anything(random: Random) -> Any:
     if kind < 7:
         return random.choice(NUMBERS)
     if kind < 9:
-        return random.choice(ODD)
+        return copy.deepcopy(random.choice(ODD))  # it is wounded in its turn
     return _deep(random)
 
 
@@ -108,7 +109,7 @@ def damaged_tree(tree: Any, random: Random) -> Any:
             elif wound == 5 and isinstance(node, dict):
                 node[random.choice(NAMES)] = node.pop(key)
             elif wound == 6 and isinstance(node, list):
-                node[key:key] = [node[key]] * random.choice((1, 2, 50))
+                node[key:key] = [copy.deepcopy(node[key]) for _ in range(random.choice((1, 2, 50)))]
             elif wound == 7:  # a number as text, text as a number
                 node[key] = str(node[key]) if not isinstance(node[key], str) else len(node[key])
             else:
@@ -254,7 +255,7 @@ def hostile(target: Target, index: int) -> bytes:
     seed = random.choice(target.seeds)
     try:
         return target.damage(seed, random)
-    except (RecursionError, ValueError, MemoryError):  # too deep, in itself, too large to write
+    except (RecursionError, ValueError, MemoryError):  # too deep or too large to write
         return damaged_bytes(seed, random)
 
 
