@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attr_batch.bucket import open_store
-from attr_batch.errors import AttrBatchError, LedgerConflict
+from attr_batch.errors import AttrBatchError, LedgerConflict, StoreError
 from attr_batch.log import TICK_SECONDS, OnTick
 from attr_batch.recipe import canonical, digest, file_digest
 from attr_batch.shapes import Beat, Failure, PlanHead, PlanKey, fits, shape_of
@@ -399,8 +399,9 @@ class Ledger:
         """Keep the heartbeat of `name` going, also while nothing ticks, and end it.
 
         Gives what an `Upkeep` calls at a tick: it raises what the store does, the pulse does not.
+        Where the store is away the heartbeat is left to its age: nobody waits to say goodbye.
         """
-        at, over = (0, 0), threading.Event()
+        at, over, away = (0, 0), threading.Event(), False
 
         def beat(done: int, total: int, _: dict[str, float]) -> None:
             nonlocal at
@@ -417,11 +418,15 @@ class Ledger:
         thread.start()
         try:
             yield beat
+        except StoreError:
+            away = True
+            raise
         finally:
             over.set()
             thread.join()
-            with contextlib.suppress(AttrBatchError):
-                self.rest(name)
+            if not away:
+                with contextlib.suppress(AttrBatchError):
+                    self.rest(name)
 
     def claim(self, name: str, phase: str) -> bool:
         """Begin to work on `name` unless another live process does; True if it is ours.
