@@ -82,15 +82,21 @@ def value_file(prop: str, prop_digest: str) -> str:
     return f"{safe_name(prop)}-{prop_digest[:12]}.json"
 
 
-def _plan_lines(data: bytes, where: str) -> list[dict[str, Any]]:
-    """Return a plan's lines. LedgerConflict if they are not those of a plan."""
+def _plan_lines(data: bytes, name: str, where: str) -> list[dict[str, Any]]:
+    """Return the lines of the plan `name`. LedgerConflict if they are not those of that plan."""
     try:
         head, *lines = [json.loads(line) for line in data.splitlines()]
     except (ValueError, RecursionError):
         raise LedgerConflict("torn or foreign file", where, REPAIR_HINT) from None
     if not (fits(PlanHead, head) and all(fits(PlanKey, line) for line in lines)):
         raise LedgerConflict("is not a plan", where, REPAIR_HINT)
+    if name != _plan_name(str(head["spec"]), data):
+        raise LedgerConflict("altered", where, REPAIR_HINT)
     return [head, *lines]
+
+
+def _plan_name(spec_digest: str, content: bytes) -> str:
+    return f"plans/{spec_digest}-{digest(content)[:12]}.jsonl"
 
 
 def _shaped(fact: dict[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -233,7 +239,7 @@ class Ledger:
 
     def plan_name(self, spec_digest: str, content: bytes) -> str:
         """Return the name of a plan: it depends on spec, numerics class and program."""
-        return f"plans/{spec_digest}-{digest(content)[:12]}.jsonl"
+        return _plan_name(spec_digest, content)
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """Return every readable resolved spec by its digest."""
@@ -252,10 +258,12 @@ class Ledger:
         LedgerConflict if one is damaged: what it needs cannot be known.
         """
         found: dict[str, list[dict[str, Any]]] = {}
-        for name in self.store.children("plans"):
-            if name.startswith(spec) and not is_temporary(name):
-                data = self.store.read(f"plans/{name}") or b""
-                found[name] = _plan_lines(data, self.store.place(f"plans/{name}"))
+        for child in self.store.children("plans"):
+            if child.startswith(spec) and not is_temporary(child):
+                name = f"plans/{child}"
+                found[child] = _plan_lines(
+                    self.store.read(name) or b"", name, self.store.place(name)
+                )
         return found
 
     # -- periods ----------------------------------------------------------------------------------
@@ -541,10 +549,7 @@ class Ledger:
             if name.endswith(".json"):
                 self.fact(name)
             elif name.endswith(".jsonl"):
-                data = self.store.read(name) or b""
-                head, *_ = _plan_lines(data, name)
-                if name != self.plan_name(str(head["spec"]), data):
-                    return [(name, "altered")]
+                _plan_lines(self.store.read(name) or b"", name, self.store.place(name))
             elif name.endswith(".safetensors"):
                 self.samples(name.split("/")[1])
         except LedgerConflict as problem:

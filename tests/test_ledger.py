@@ -319,6 +319,19 @@ def test_gc_guesses_at_no_damaged_plan(ledger):
         ledger.unneeded([])
 
 
+def test_a_plan_of_which_a_key_was_altered_is_not_read(ledger):
+    """`gc` would drop what it names no more."""
+    content = b'{"bases": [], "properties": [], "spec": "s", "numerics": {}}\n{"key": "k"}\n'
+    name = ledger.plan_name("s", content)
+    ledger.publish_same(name, content)
+    assert len(ledger.plans()) == 1
+    ledger.store.drop(name)
+    ledger.publish_same(name, content.replace(b'"k"', b'"j"'))
+    with pytest.raises(LedgerConflict, match="altered"):
+        ledger.plans("s")
+    assert dict(ledger.bad_files()) == {name: "altered"}
+
+
 def test_a_folder_without_manifest_is_refused_and_repaired(in_folder):
     ledger = in_folder
     work = ledger.work("bases/b")
