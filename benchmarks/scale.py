@@ -1,14 +1,15 @@
 """What coordination costs: a sharded job of which only the evaluation itself is played.
 
-    python benchmarks/scale.py --json [--quick] [--bucket] [--coalitions N --shards N]
+    python benchmarks/scale.py --into benchmarks/results/scale.json
+    python benchmarks/scale.py --into ... --store bucket --coalitions 10000 --shards 100
 
 Shards are processes, at most 16 at a time, that run `runner.run` as pods do; some are killed at
 random and started again, as a Job controller would. Everything is real but two things: the utility
 of a coalition is that of an additive game, published at once instead of trained, sampled and
 measured; and a shard does its work in its own process, forked with the plan made, instead of in
-spawned workers (what a pod spends on making the plan is measured apart). With `--bucket` the store
-is also a bucket of a real S3 server on this machine. At the end every planned run is there once,
-with the right value.
+spawned workers (what a pod spends on making the plan is measured apart). With `--store bucket` the
+store is a bucket of a real S3 server on this machine. At the end every planned run is there once,
+with the right value. `--into` replaces the row of the same store and size in a result file.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from attr_batch.job import Evaluation, Job
 from attr_batch.ledger import Ledger
 from attr_batch.spec import validate
 from attr_batch.store import Folder, is_temporary
-from benchmarks.measure import envelope, significant
+from benchmarks.measure import commit, envelope, significant
 from tests import played
 from tests.conftest import TINY
 from tests.s3 import BUCKET
@@ -276,21 +277,20 @@ def measure(coalitions: int, shards: int, kills: int, bucket: bool) -> dict[str,
 def main() -> None:
     """Measure, print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--into", type=Path, help="result file; other rows of it stay")
     parser.add_argument("--quick", action="store_true", help="a thousand coalitions, 20 shards")
     parser.add_argument("--coalitions", type=int, default=100_000)
     parser.add_argument("--shards", type=int, default=1_000)
-    parser.add_argument("--bucket", action="store_true", help="also in a bucket")
+    parser.add_argument("--store", choices=("folder", "bucket"), default="folder")
     arguments = parser.parse_args()
-    size = (arguments.coalitions, arguments.shards, 40)
-    if arguments.quick:
-        size = 1_000, 20, 4
-    rows = [measure(*size, bucket) for bucket in ([False, True] if arguments.bucket else [False])]
-    if arguments.json:
-        print(json.dumps(envelope(rows), indent=1))
-        return
-    for row in rows:
-        print("\n".join(f"{name:<28}{value}" for name, value in row.items()), end="\n\n")
+    size = (1_000, 20, 4) if arguments.quick else (arguments.coalitions, arguments.shards, 40)
+    row = {"commit": commit(), **measure(*size, arguments.store == "bucket")}
+    print("\n".join(f"{name:<28}{value}" for name, value in row.items()))
+    if arguments.into:
+        old = json.loads(arguments.into.read_text())["rows"] if arguments.into.exists() else []
+        rows = {(r["name"], r["coalitions"]): r for r in (*old, row)}
+        whole = envelope([rows[key] for key in sorted(rows)])
+        arguments.into.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
