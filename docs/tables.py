@@ -331,7 +331,8 @@ def faults() -> str:
         came = "not here" if row["not_here"] else "**missed**" if row["missed"] else came
         what = f"{row['what']} (short form)" if row["quick"] else row["what"]
         rows.append([what, hits, codes, came])
-    return table(["fault", "came while, times", "the runs ended with, times", "after it"], rows)
+    heads = ["fault", "came while, times", "the runs ended with, times", "after it"]
+    return table(heads, rows).replace("--:", "---")
 
 
 def _ended(code: str) -> str:
