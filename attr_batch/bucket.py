@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from attr_batch.errors import DataError, LedgerConflict, SpecError, StoreError
@@ -37,6 +38,7 @@ PAUSES = 0.2, 5.0  # seconds: the first and the longest
 CLIENT = {"connect_timeout": "5s", "timeout": "30s"}
 LARGE = {"connect_timeout": "5s", "timeout": "15min"}  # a model's weights in one request
 PASSING = ("ExpiredToken", "RequestTimeTooSkewed", "SlowDown")  # 403s that a retry may cure
+REFUSED = re.compile(r"status code: 4|\(code: ")
 FORBIDDEN = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set, and may they do this?"
 
 T = TypeVar("T")
@@ -173,8 +175,8 @@ class Bucket(Store):
         path = "/".join(checked(name))
         with self._answered(name):
             listing = obstore.list(self._remote, path, chunk_size=1000)
-            items = (item for chunk in listing for item in chunk)
-            return {item["path"]: item["size"] for item in items if item["path"] != path}
+            sizes = {item["path"]: item["size"] for chunk in listing for item in chunk}
+        return {name: sizes[name] for name in _files(sizes)}
 
     def publish(self, name: str, data: bytes) -> bool:
         """Create `name` with `data` unless it exists; True if this call created it."""
@@ -204,15 +206,20 @@ class Bucket(Store):
         """Repeat a call whose connection broke: the library repeats what is a GET or a PUT only."""
         from obstore.exceptions import GenericError
 
-        last = time.monotonic() + RETRY_SECONDS
+        last, pause = math.inf, PAUSES[0]
         while True:
             with self._answered(name):
                 try:
                     return call()
-                except GenericError:
-                    if RETRIES == 0 or time.monotonic() > last:
+                except GenericError as error:
+                    now = time.monotonic()
+                    last = min(
+                        last, now + RETRY_SECONDS
+                    )  # from the first failure: a call may be long
+                    if RETRIES == 0 or now > last or _final(str(error)):
                         raise
-            time.sleep(PAUSES[0])
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSES[1])
 
     def replace(self, name: str, data: bytes) -> None:
         """Create or replace a mutable file: readers see the old bytes or the new ones."""
@@ -247,7 +254,7 @@ class Bucket(Store):
     def local(self, name: str, files: Mapping[str, str]) -> Path:
         """Return a local copy of a published folder; what is there already is not fetched again."""
         folder = self._root / "fetched" / Path(*checked(name))
-        with explained(folder, ROOM_HINT):
+        with explained(folder, self.room_hint):
             folder.mkdir(parents=True, exist_ok=True)
             for file, sha256 in files.items():
                 (part,) = checked(file)
@@ -265,11 +272,15 @@ class Bucket(Store):
                 stream = obstore.get(self._large, "/".join(checked(name))).stream()
             except FileNotFoundError:
                 return False
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-            with os.fdopen(handle, "wb") as out:
-                for chunk in stream:
-                    out.write(chunk)
-            Path(temporary).replace(target)
+            with explained(target, self.room_hint):
+                handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
+                try:
+                    with os.fdopen(handle, "wb") as out:
+                        for chunk in stream:
+                            out.write(chunk)
+                    Path(temporary).replace(target)
+                finally:
+                    Path(temporary).unlink(missing_ok=True)
             return True
 
     def move(self, name: str, target: str) -> None:
@@ -309,7 +320,7 @@ class Bucket(Store):
     def scratch(self, name: str) -> Path:
         """Return the local path of work on the way, fetched if another began it elsewhere."""
         path = self._root / "work" / Path(*checked(name))
-        with explained(path, ROOM_HINT):
+        with explained(path, self.room_hint):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() and not name.startswith("locks/"):
                 self._fetch_work(f"work/{name}", path)
@@ -350,12 +361,10 @@ class Bucket(Store):
 
         with self._answered(""):
             listing = obstore.list(self._remote, chunk_size=1000)
-            found = [
-                (item["path"], item["size"], str(item["e_tag"] or item["last_modified"]))
-                for chunk in listing
-                for item in chunk
-                if item["size"] or not item["path"].endswith("/")
-            ]
+            items = {item["path"]: item for chunk in listing for item in chunk}
+        names = _files({name: item["size"] for name, item in items.items()})
+        tags = {name: items[name]["e_tag"] or items[name]["last_modified"] for name in names}
+        found = [(name, items[name]["size"], str(tag)) for name, tag in tags.items()]
         if not found:
             raise DataError(
                 "there is nothing", self.location, "wanted a folder of images in a bucket"
@@ -366,7 +375,7 @@ class Bucket(Store):
         """Return a local folder with everything there is, fetched as far as it changed."""
         folder = self._root / "data"
         index = self._root / "data.json"
-        with explained(folder, ROOM_HINT):
+        with explained(folder, self.room_hint):
             folder.mkdir(parents=True, exist_ok=True)
             with (self._root / "data.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -417,6 +426,7 @@ class Bucket(Store):
             text = str(error)
             # Of a list request the library says no more than the status.
             forbidden = "403 Forbidden" in text or "401 Unauthorized" in text
+            forbidden |= "code: AccessDenied" in text  # of one of several deletes
             forbidden |= isinstance(error, PermissionDeniedError | UnauthenticatedError)
             if forbidden and not any(code in text for code in PASSING):
                 raise DataError(f"forbidden: {_brief(error)}", place, FORBIDDEN) from None
@@ -441,6 +451,13 @@ def _refuse_missing_bucket(error: Exception, place: str = "store") -> None:
         raise DataError("there is no such bucket", place, "make it, or correct `store`") from None
 
 
+def _final(text: str) -> bool:
+    """Whether the server has said no, or the library has insisted for as long as we would."""
+    waited = re.search(r" in ([\d.]+)s, after \d+ retries", text)
+    exhausted = waited is not None and float(waited[1]) > RETRY_SECONDS - PAUSES[1]
+    return exhausted or REFUSED.search(text) is not None
+
+
 def _brief(error: Exception) -> str:
     """Return the telling part of an object store's message in one line, without the XML."""
     text = re.sub(r"\s+", " ", str(error).partition("Debug source")[0])
@@ -448,6 +465,20 @@ def _brief(error: Exception) -> str:
     text = re.sub(r":? ?<\?xml.*", "", text)[:300].strip()
     text = re.sub(r", after \d+ retries, max_retries: \d+, retry_timeout: \w+", "", text)
     return f"{text} ({code[1]})" if code and code[1] not in text else text
+
+
+def _files(sizes: Mapping[str, int]) -> list[str]:
+    """Return which of all paths below a folder are files.
+
+    An empty folder may be an object without content, made by a console, whose slash the library
+    takes away.
+    """
+    empty = [path for path, size in sizes.items() if not size]
+    if not empty:
+        return [*sizes]
+    folders = {str(folder) for path in sizes for folder in PurePosixPath(path).parents}
+    markers = {path for path in empty if path in folders or "." not in path.rpartition("/")[2]}
+    return [path for path in sizes if path not in markers]
 
 
 def _at_once(call: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -1,11 +1,11 @@
 """The ledger: a store of immutable facts, each named by what it depends on.
 
     specs/<spec digest>.json            what was asked, resolved
-    plans/<spec digest>-<numerics>.jsonl  which coalition is evaluated under which run key
+    plans/<spec digest>-<its digest>.jsonl  which coalition is evaluated under which run key
     bases/<id>/  properties/<id>/       trained or fitted once; manifest.json holds their digests
     runs/<key>/<property>-<digest>.json one measured utility: it exists <=> it is done
     runs/<key>/derivation.json, grid.png, samples.safetensors, diverged.json
-    reports/<spec digest>/              derived from the above, can be made again at any time
+    reports/<spec digest>-<numerics>/   derived from the above, can be made again at any time
     periods/<label>.json                which report is a period's, and what to pin in the next
     work/  failures/                    checkpoints, heartbeats, what went wrong: the mutable places
 
@@ -261,9 +261,9 @@ class Ledger:
         for child in self.store.children("plans"):
             if child.startswith(spec) and not is_temporary(child):
                 name = f"plans/{child}"
-                found[child] = _plan_lines(
-                    self.store.read(name) or b"", name, self.store.place(name)
-                )
+                data = self.store.read(name)
+                if data is not None:  # else it was dropped since
+                    found[child] = _plan_lines(data, name, self.store.place(name))
         return found
 
     # -- periods ----------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class Ledger:
         """Keep the heartbeat of `name` going, also while nothing ticks, and end it.
 
         Gives what an `Upkeep` calls at a tick: it raises what the store does, the pulse does not.
-        Where the store is away the heartbeat is left to its age: nobody waits to say goodbye.
+        Where the store is away the heartbeat is left to its age: goodbyes are not waited for.
         """
         at, over, away = (0, 0), threading.Event(), False
 
@@ -431,8 +431,8 @@ class Ledger:
             raise
         finally:
             over.set()
-            thread.join()
-            if not away:
+            thread.join(0.0 if away else TICK_SECONDS)
+            if not (away or thread.is_alive()):
                 with contextlib.suppress(AttrBatchError):
                     self.rest(name)
 
@@ -440,8 +440,9 @@ class Ledger:
         """Begin to work on `name` unless another live process does; True if it is ours.
 
         Of two that take over from a dead process at the same moment the later writer keeps it. A
-        lost race costs double work of a run, whose results are published once whoever is first;
-        what must not be made twice at the same time also takes the store's `lock`.
+        lost race, or a `rest` that a bad network repeats, costs double work of a run, whose results
+        are published once whoever is first; what must not be made twice at the same time also takes
+        the store's `lock`.
         """
         data = self.store.read(_beat_name(name))
         if data is None:

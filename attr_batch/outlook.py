@@ -58,7 +58,7 @@ def status(job: Job) -> dict[str, Any]:
         "spec_digest": job.spec_digest,
         "store": str(job.ledger),
         "numerics": job.numerics,
-        "other_numerics": job.other_numerics(),
+        "other_numerics": _other_numerics(job),
         "bases": {
             "trained": _thing(job, "bases", job.dense_id),
             "pruned": _thing(job, "bases", job.pruned_id),
@@ -77,6 +77,12 @@ def status(job: Job) -> dict[str, Any]:
         "seconds_per_evaluation": per_evaluation,
         "seconds_expected": None if per_evaluation is None else left * per_evaluation / job.workers,
     }
+
+
+def _other_numerics(job: Job) -> list[dict[str, Any]]:
+    with contextlib.suppress(LedgerConflict):  # a damaged plan is for others to refuse
+        return job.other_numerics()
+    return []
 
 
 def _validation(job: Job) -> dict[str, int] | None:

@@ -126,7 +126,7 @@ def _attribution(facts: Facts, prop: Property, failed: int) -> dict[str, Any]:
 
 
 def publish(job: Job, provisional: bool = False, session: Session | None = None) -> dict[str, Any]:
-    """Write reports/<spec digest>/ and return attribution.json.
+    """Write the report's folder and return attribution.json.
 
     A complete attribution is published once: made again it has the same bytes (on another
     processor, the same numbers to 1e-9), or else something was altered: LedgerConflict. `session`

@@ -5,6 +5,7 @@ Against a real S3 server (SeaweedFS). `test_ledger` runs the ledger's own tests 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from obstore.exceptions import GenericError
 from PIL import Image
 
 from attr_batch import bucket as bucket_module
-from attr_batch.bucket import Bucket, fetch, open_store, stamps
+from attr_batch.bucket import Bucket, _files, fetch, open_store, stamps
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
 from attr_batch.job import Job
 from attr_batch.ledger import Ledger
@@ -158,7 +160,8 @@ def test_every_verb_gets_through_a_network_that_breaks(bucket, s3_server, monkey
         monkeypatch.setattr(bucket_module, "PAUSES", (0.02, 0.1))
         store = open_store(bucket)
         for i in range(8):
-            assert store.publish(f"specs/{i}.json", b"{}") in (True, False)
+            store.publish(f"specs/{i}.json", b"{}")
+            assert store.read(f"specs/{i}.json") == b"{}"
             store.replace(f"failures/{i}.json", b"{}")
         work = store.scratch("bases/b")
         work.mkdir()
@@ -166,6 +169,8 @@ def test_every_verb_gets_through_a_network_that_breaks(bucket, s3_server, monkey
         (work / "manifest.json").write_bytes(b"{}")
         store.keep("bases/b")
         store.publish_folder(work, "bases/b")
+        sums = {"weights": hashlib.sha256(bytes(12 << 20)).hexdigest()}
+        assert (store.local("bases/b", sums) / "weights").stat().st_size == 12 << 20
         store.move("specs/0.json", "quarantine/0.json")
         for i in range(8):
             store.delete(f"failures/{i}.json")
@@ -184,15 +189,56 @@ def test_no_secret_is_in_a_message(bucket, monkeypatch):
 
 
 def test_where_local_files_find_no_room_the_hint_names_their_place(bucket, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     store = open_store(bucket)
     store.publish("bases/b/card.json", b"{}")
-    monkeypatch.setattr(store, "_download", full)
+    monkeypatch.setattr(bucket_module.tempfile, "mkstemp", full)
     with pytest.raises(StoreError, match="No space") as caught:
         store.local("bases/b", {"card.json": "0" * 64})
     assert "ATTR_BATCH_SCRATCH" in str(caught.value.problems[0].hint)
+
+
+def test_a_forbidden_delete_is_a_data_error_at_once(bucket, monkeypatch):
+    open_store(bucket).replace("failures/k.json", b"{}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", READER_SECRET)
+    monkeypatch.setattr(bucket_module, "RETRY_SECONDS", 600)
+    with pytest.raises(DataError, match="forbidden"):
+        open_store(bucket).delete("failures/k.json")
+
+
+@pytest.mark.parametrize(
+    ("said", "tries"),
+    [
+        ("HTTP error: error sending request", 2),
+        ("Server returned non-2xx status code: 400 Bad Request", 1),
+        ("Error performing PUT x in 60.1s, after 16 retries, max_retries: 1000 - reset", 1),
+        ("Error performing POST x in 2.5s, after 1 retries, max_retries: 1000 - reset", 2),
+    ],
+)
+def test_a_broken_connection_is_tried_again_and_a_refusal_is_not(bucket, said, tries):
+    made = []
+
+    def call():
+        made.append(1)
+        if len(made) < 2:
+            raise GenericError(said)
+        return "done"
+
+    store = open_store(bucket)
+    if tries == 2:
+        assert store._insisting(call, "x") == "done"
+    else:
+        with pytest.raises(StoreError):
+            store._insisting(call, "x")
+    assert len(made) == tries
+
+
+def test_markers_of_folders_are_no_files():
+    sizes = {"": 0, "runs/k": 0, "runs/k/a.json": 2, "runs/empty": 0, "runs/j/b.png": 0}
+    assert _files(sizes) == ["runs/k/a.json", "runs/j/b.png"]
 
 
 def test_a_folder_that_became_empty_lists_nothing(bucket):

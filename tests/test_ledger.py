@@ -232,6 +232,12 @@ def test_a_heartbeat_goes_on_while_nothing_ticks_and_ends_with_the_work(ledger, 
     assert ledger.heartbeats() == []
 
 
+def test_where_the_store_is_away_a_heartbeat_is_left_to_its_age(ledger):
+    with contextlib.suppress(StoreError), ledger.beating("k", "fine-tuning"):
+        raise StoreError("away", "store")
+    assert ledger.heartbeats() == ["k"]
+
+
 def test_a_torn_heartbeat_counts_as_none(ledger):
     ledger.store.replace("work/heartbeats/k.json", b'{"name": "k"')
     assert ledger.heartbeat("k") is None
