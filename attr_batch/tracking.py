@@ -610,7 +610,7 @@ class Mirror:
 
         def send(child: Child) -> None:
             self._stay()
-            self._send_child(parent, snapshot, child, found.get(child.key))
+            self._send_child(parent, child, found.get(child.key))
 
         # SQLite knows one writer.
         with ThreadPoolExecutor(WRITERS if self._remote else 1) as pool:
@@ -637,9 +637,7 @@ class Mirror:
             found[key] = "done" if first.info.status == "FINISHED" else first.info.run_id
         return found
 
-    def _send_child(
-        self, parent: str, snapshot: Snapshot, child: Child, run_id: str | None
-    ) -> None:
+    def _send_child(self, parent: str, child: Child, run_id: str | None) -> None:
         """Create a coalition's run, or complete one that a killed process left half written."""
         from mlflow.entities import Metric
 
@@ -649,7 +647,6 @@ class Mirror:
                 "mlflow.parentRunId": parent,
                 "attr_batch.kind": "coalition",
                 "attr_batch.job": self._job,
-                "attr_batch.spec_digest": snapshot.spec_digest,
                 "attr_batch.run_key": child.key,
                 "attr_batch.coalition": child.coalition,
                 "attr_batch.role": child.role,

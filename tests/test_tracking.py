@@ -548,11 +548,11 @@ def test_a_sync_on_its_way_is_left_and_taken_up_again(store, capsys):
     mirror, shot = mirror_of(store), snapshot()
     send, sent = mirror._send_child, []
 
-    def leave_at_the_third(parent, shot, child, run_id):
+    def leave_at_the_third(parent, child, run_id):
         sent.append(child.key)
         if len(sent) == 3:
             mirror.leaving.set()
-        send(parent, shot, child, run_id)
+        send(parent, child, run_id)
 
     mirror._send_child = leave_at_the_third
     assert not mirror.sync(shot)

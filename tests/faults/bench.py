@@ -297,7 +297,7 @@ class Site:
         experiment = client.get_experiment_by_name(tracking["experiment"])
         runs: list[Any] = []
         if experiment is not None:
-            ours = f"tags.`attr_batch.spec_digest` = '{job.spec_digest}'"
+            ours = f"tags.`attr_batch.job` = '{job.identity}'"
             runs = [*client.search_runs([experiment.experiment_id], ours, max_results=1000)]
         by_kind = {
             kind: [run for run in runs if run.data.tags["attr_batch.kind"] == kind]
