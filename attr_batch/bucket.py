@@ -118,12 +118,15 @@ class Bucket(Store):
         import obstore
 
         path = "/".join(checked(name))
-        with self._answered(name):
+
+        def read() -> bytes | None:
             try:
                 return bytes(obstore.get(self._remote, path).bytes())
             except FileNotFoundError as error:
                 _refuse_missing_bucket(error)
                 return None
+
+        return self._insisting(read, name)
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes | None]:
         """Return what `read` returns, by name, with many requests at a time."""
@@ -203,7 +206,7 @@ class Bucket(Store):
         self._insisting(lambda: obstore.put(self._large, name, file, mode="overwrite"), name)
 
     def _insisting(self, call: Callable[[], R], name: str) -> R:
-        """Repeat a call whose connection broke: the library repeats what is a GET or a PUT only."""
+        """Repeat a call whose connection broke: the library repeats no POST, nor half a GET."""
         from obstore.exceptions import GenericError
 
         last, pause = math.inf, PAUSES[0]
@@ -267,7 +270,7 @@ class Bucket(Store):
         """Put a file's bytes at `target`, all or none; False if there is no such file."""
         import obstore
 
-        with self._answered(name):
+        def download() -> bool:
             try:
                 stream = obstore.get(self._large, "/".join(checked(name))).stream()
             except FileNotFoundError:
@@ -282,6 +285,8 @@ class Bucket(Store):
                 finally:
                     Path(temporary).unlink(missing_ok=True)
             return True
+
+        return self._insisting(download, name)
 
     def move(self, name: str, target: str) -> None:
         """Give a file or folder another name, under which there is nothing."""
