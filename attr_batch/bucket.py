@@ -38,7 +38,7 @@ PAUSES = 0.2, 5.0  # seconds: the first and the longest
 CLIENT = {"connect_timeout": "5s", "timeout": "30s"}
 LARGE = {"connect_timeout": "5s", "timeout": "15min"}  # a model's weights in one request
 PASSING = ("ExpiredToken", "RequestTimeTooSkewed", "SlowDown")  # 403s that a retry may cure
-REFUSED = re.compile(r"status code: 4|\(code: ")
+REFUSED = re.compile(r"status code: 4|\b40[0134] |\(code: |169\.254\.|[Cc]redential")
 FORBIDDEN = "are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set, and may they do this?"
 
 T = TypeVar("T")
@@ -138,23 +138,25 @@ class Bucket(Store):
         import obstore
 
         path = "/".join(checked(name))
-        with self._answered(name):
+
+        def head() -> bool:
             try:
                 obstore.head(self._remote, path)
             except FileNotFoundError:
                 return False
             return True
 
+        return self._insisting(head, name)
+
     def children(self, name: str) -> list[str]:
         """Return the sorted names of what lies in folder `name`; none if there is no folder."""
         import obstore
 
         path = "/".join(checked(name))
-        with self._answered(name):
-            found = obstore.list_with_delimiter(self._remote, path)
-            paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
-            # An empty folder may be an object itself: a server's or a console's marker.
-            return sorted(p.rstrip("/").rpartition("/")[2] for p in paths if p != path)
+        found = self._insisting(lambda: obstore.list_with_delimiter(self._remote, path), name)
+        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        # An empty folder may be an object itself: a server's or a console's marker.
+        return sorted(p.rstrip("/").rpartition("/")[2] for p in paths if p != path)
 
     def listing(self, name: str, children: Sequence[str]) -> dict[str, list[str]]:
         """Return what `children` returns of each of these children of folder `name`.
@@ -173,13 +175,19 @@ class Bucket(Store):
 
     def walk(self, name: str) -> dict[str, int | None]:
         """Return {name: bytes} of every file below folder `name`."""
+        path = "/".join(checked(name))
+        sizes = {item["path"]: item["size"] for item in self._listed(path)}
+        return {name: sizes[name] for name in _files(sizes)}
+
+    def _listed(self, path: str | None) -> list[Any]:
+        """Return what the store says of every object below a folder, or of all."""
         import obstore
 
-        path = "/".join(checked(name))
-        with self._answered(name):
-            listing = obstore.list(self._remote, path, chunk_size=1000)
-            sizes = {item["path"]: item["size"] for chunk in listing for item in chunk}
-        return {name: sizes[name] for name in _files(sizes)}
+        def listed() -> list[Any]:
+            pages = obstore.list(self._remote, path, chunk_size=1000)
+            return [item for page in pages for item in page]
+
+        return self._insisting(listed, path or "")
 
     def publish(self, name: str, data: bytes) -> bool:
         """Create `name` with `data` unless it exists; True if this call created it."""
@@ -206,7 +214,7 @@ class Bucket(Store):
         self._insisting(lambda: obstore.put(self._large, name, file, mode="overwrite"), name)
 
     def _insisting(self, call: Callable[[], R], name: str) -> R:
-        """Repeat a call whose connection broke: the library repeats no POST, nor half a GET."""
+        """Repeat a call whose connection broke, which the library does not always do itself."""
         from obstore.exceptions import GenericError
 
         last, pause = math.inf, PAUSES[0]
@@ -216,9 +224,7 @@ class Bucket(Store):
                     return call()
                 except GenericError as error:
                     now = time.monotonic()
-                    last = min(
-                        last, now + RETRY_SECONDS
-                    )  # from the first failure: a call may be long
+                    last = min(last, now + RETRY_SECONDS)  # a call that fails may be long
                     if RETRIES == 0 or now > last or _final(str(error)):
                         raise
             time.sleep(pause)
@@ -229,8 +235,8 @@ class Bucket(Store):
         import obstore
 
         path = "/".join(checked(name))
-        with self._answered(name):
-            obstore.put(self._remote, path, data, use_multipart=False)
+        put = partial(obstore.put, self._remote, path, data, use_multipart=False)
+        self._insisting(put, name)
 
     def delete(self, name: str) -> None:
         """Remove a mutable file if it is there."""
@@ -295,8 +301,7 @@ class Bucket(Store):
         names = [*self.walk(name)] or [name]
         for old in names:
             new = "/".join(checked(target + old.removeprefix(name)))
-            with self._answered(old):
-                obstore.copy(self._large, old, new)
+            self._insisting(partial(obstore.copy, self._large, old, new), old)
         self._delete_all(names)
         self._forget_copies(name)
 
@@ -362,11 +367,7 @@ class Bucket(Store):
 
     def stamps(self) -> list[tuple[str, int, str]]:
         """Return (name, bytes, entity tag) of everything there is, sorted."""
-        import obstore
-
-        with self._answered(""):
-            listing = obstore.list(self._remote, chunk_size=1000)
-            items = {item["path"]: item for chunk in listing for item in chunk}
+        items = {item["path"]: item for item in self._listed(None)}
         names = _files({name: item["size"] for name, item in items.items()})
         tags = {name: items[name]["e_tag"] or items[name]["last_modified"] for name in names}
         found = [(name, items[name]["size"], str(tag)) for name, tag in tags.items()]
