@@ -144,7 +144,7 @@ healthy() {
 small=(--set model.training.steps=60 --set pruning.recovery.steps=40
     --set counterfactual.steps=20 --set sampling.images=64 --set sampling.keep=none
     --set estimator.budget=20 --set estimator.holdout=4)
-job=(run /usr/share/attr-batch/examples/digits/job.yaml --set store=/work/store "${small[@]}")
+job=(run /usr/share/attr-batch/examples/digits/job.yaml --set store=store "${small[@]}")
 
 host_job() {
     "$host" run examples/digits/job.yaml --set store="$work/store" "${small[@]}"
@@ -153,7 +153,7 @@ host_job() {
 
 same_bytes() { # VOLUME: the job there is finished, and its values are the host's
     podman run --rm "${hardened[@]}" --volume "$1:/work:ro" --entrypoint sh "$image" \
-        -c 'cat /work/store/reports/*/attribution.json' > "$work/got.json"
+        -c 'cat store/reports/*/attribution.json' > "$work/got.json"
     cmp "$work/wanted.json" "$work/got.json"
 }
 
@@ -175,7 +175,7 @@ stopped_job() {
     podman inspect --format '{{.State.ExitCode}}' "$name" | tee "$work/code"
     [[ $(< "$work/code") == 75 ]]
     podman run --rm "${hardened[@]}" --volume "$name-halves:/work:ro" --entrypoint sh "$image" \
-        -c 'test -d /work/store/runs && ! ls /work/store/reports/*/attribution.json'
+        -c 'test -d store/runs && ! ls store/reports/*/attribution.json'
 }
 
 check "base $base" docker/base.sh "$base"

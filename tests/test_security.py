@@ -304,7 +304,7 @@ def test_links_and_pipes_where_files_should_be(tmp_path):
             ledger.store.read(name)
         assert not ledger.store.publish(name, b"new")  # what is there stays, and is refused
     ledger.store.replace("runs/k/a.json", b"new")  # the link is replaced, not what it leads to
-    (tmp_path / "store/work/locks/l").symlink_to(victim)
+    (tmp_path / "store" / "work" / "locks" / "l").symlink_to(victim)
     with pytest.raises(AttrBatchError), ledger.store.lock("l"):
         pass
     assert victim.read_text() == "precious"

@@ -240,7 +240,8 @@ def evaluated(count: int) -> Callable[[Path], bool]:
 
 def preparing(store: Path) -> bool:
     """Return whether a training has written a checkpoint, and no base is made."""
-    return any(store.glob("*/work/bases/*/*")) and not any(store.glob("*/bases/*"))
+    checkpoints = (place.glob("bases/*/*") for place in store.glob("*/work"))
+    return any(map(any, checkpoints)) and not any(store.glob("*/bases/*"))
 
 
 FAULTS = [
