@@ -90,13 +90,9 @@ def _plan_lines(data: bytes, name: str, where: str) -> list[dict[str, Any]]:
         raise LedgerConflict("torn or foreign file", where, REPAIR_HINT) from None
     if not (fits(PlanHead, head) and all(fits(PlanKey, line) for line in lines)):
         raise LedgerConflict("is not a plan", where, REPAIR_HINT)
-    if name != _plan_name(str(head["spec"]), data):
+    if name != Ledger.plan_name(str(head["spec"]), data):
         raise LedgerConflict("altered", where, REPAIR_HINT)
     return [head, *lines]
-
-
-def _plan_name(spec_digest: str, content: bytes) -> str:
-    return f"plans/{spec_digest}-{digest(content)[:12]}.jsonl"
 
 
 def _shaped(fact: dict[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -237,9 +233,10 @@ class Ledger:
         """Return the name of a resolved spec."""
         return f"specs/{spec_digest}.json"
 
-    def plan_name(self, spec_digest: str, content: bytes) -> str:
+    @staticmethod
+    def plan_name(spec_digest: str, content: bytes) -> str:
         """Return the name of a plan: it depends on spec, numerics class and program."""
-        return _plan_name(spec_digest, content)
+        return f"plans/{spec_digest}-{digest(content)[:12]}.jsonl"
 
     def specs(self) -> dict[str, dict[str, Any]]:
         """Return every readable resolved spec by its digest."""

@@ -52,8 +52,8 @@ def find(ledger: Ledger, prefix: str, roster: Roster, numerics: Mapping[str, Any
     if len(specs) != 1:
         what = f"{len(specs)} jobs in the store have a spec digest that begins with {prefix!r}"
         raise SpecError(what, _WHERE, "`attr-batch status` of the earlier job prints its digest")
-    plans = ledger.plans(specs[0]).values()
-    plans = [lines for lines in plans if lines[0]["numerics"] == numerics]
+    planned = ledger.plans(specs[0]).values()
+    plans = [lines for lines in planned if lines[0]["numerics"] == numerics]
     if not plans:
         what = f"{specs[0][:12]} was planned for another device or other kernels"
         raise SpecError(what, _WHERE, "run where the earlier job ran")

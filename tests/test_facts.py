@@ -329,7 +329,7 @@ def test_results_of_another_numerics_class_are_not_shown_as_none(plain, tiny, tm
     assert found["other_numerics"] == [plain.numerics]
     assert "not counted" in outlook.status_text(found)
     assert outlook.status(plain)["other_numerics"] == []
-    (plan,) = (name for name in plain.ledger.store.walk("plans"))
+    (plan,) = plain.ledger.store.walk("plans")
     plain.ledger.store.replace(plan, b"{")
     assert outlook.status(plain)["evaluations"]["done"] > 0  # a damaged plan is for `repair`
 
