@@ -9,7 +9,7 @@ WHEELS ?=
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types bench gpu image cluster faults fuzz audit clean
+.PHONY: help setup demo test check format lint types bench gpu image cluster faults fuzz scale audit clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,11 @@ faults: setup ## kill, starve and damage real jobs in every way, write benchmark
 fuzz: setup ## 100,000 hostile inputs, write benchmarks/results/fuzz.json
 	$(BIN)/python benchmarks/fuzz.py --json > benchmarks/results/fuzz.new
 	mv benchmarks/results/fuzz.new benchmarks/results/fuzz.json
+
+scale: setup ## 1,000 shards of 100,000 coalitions, a tenth of it in a bucket, write scale.json
+	$(BIN)/python benchmarks/scale.py --into benchmarks/results/scale.json
+	$(BIN)/python benchmarks/scale.py --into benchmarks/results/scale.json \
+	  --store bucket --coalitions 10000 --shards 100
 
 audit: setup ## vulnerabilities, licences, integrity, pins of what is installed
 	@$(PYTHON) -m venv build/audit && \

@@ -275,7 +275,7 @@ def measure(coalitions: int, shards: int, kills: int, bucket: bool) -> dict[str,
 
 
 def main() -> None:
-    """Measure, print a table or JSON."""
+    """Measure, print the row, put it into the result file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--into", type=Path, help="result file; other rows of it stay")
     parser.add_argument("--quick", action="store_true", help="a thousand coalitions, 20 shards")
