@@ -98,6 +98,15 @@ class Evaluation:
         return digest(self.recipe)
 
     @property
+    def cohort(self) -> int:
+        """Models that are made and sampled at once, this one among them; 1: it alone."""
+        return self.recipe["numerics"]["cohort"]
+
+    def joins(self, other: Evaluation) -> bool:
+        """Say whether both can be of one cohort: all but their members is the same."""
+        return {**self.recipe, "members": None} == {**other.recipe, "members": None}
+
+    @property
     def title(self) -> str:
         """Say in a few words what is evaluated."""
         if self.subject != "derived":
@@ -115,13 +124,16 @@ def distinct(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
     return tuple(found.values())
 
 
-def numerics(device: str) -> dict[str, Any]:
-    """Return the numerics class: what may change bits without changing the recipe."""
+def numerics(device: str, cohort: int = 1) -> dict[str, Any]:
+    """Return the numerics class: what may change bits without changing the recipe.
+
+    `cohort` belongs to it, because libraries choose how to multiply by how much there is.
+    """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "none")
     visible = Path("/dev/nvidiactl").exists() and not hidden
     device = ("cuda" if visible else "cpu") if device == "auto" else device
     threads = {"threads": 1} if device == "cpu" else {}
-    return {"device": device, "ops": ops.backend(device), "cohort": 1, **threads}
+    return {"device": device, "ops": ops.backend(device), "cohort": cohort, **threads}
 
 
 def numerics_text(found: Mapping[str, Any]) -> str:
@@ -141,7 +153,12 @@ class Job:
     ) -> None:
         self.spec, self.studies, self.others = spec, tuple(studies), tuple(others)
         self.ledger = Ledger(spec.store)
-        self.numerics = numerics(spec.resources.device)
+        self.numerics = numerics(spec.resources.device, spec.resources.cohort)
+
+    def in_cohorts(self, size: int) -> Job:
+        """Return this job with cohorts of another size; it shares all that is made once."""
+        resources = self.spec.resources.model_copy(update={"cohort": size})
+        return Job(self.spec.model_copy(update={"resources": resources}), self.studies, self.others)
 
     # -- data -------------------------------------------------------------------------------------
 
@@ -184,6 +201,7 @@ class Job:
             lambda: self.spec.model.check(self.card.channels, self.card.size),
             self._check_base,
             lambda: self.spec.counterfactual.check(self.spec.model),
+            self._check_joins,
         ]
         for i, prop in enumerate(self.spec.properties):
             checks.append(partial(self._check_property, prop, f"properties.{i}"))
@@ -211,12 +229,29 @@ class Job:
             [
                 lambda: spec.pruning.check(spec.model, card.channels, card.size),
                 lambda: spec.sampling.check(spec.model.schedule),
+                self.check_cohort,
             ]
         )
+
+    def check_cohort(self) -> None:
+        """Check that several of the job's models can be trained at once, if it says so."""
+        if self.spec.resources.cohort == 1:
+            return
+        from attr_batch.fused import supported
+
+        module = self.spec.model.build(self.card.channels, self.card.size, 0)
+        if not supported(module):
+            what = "only plain UNet2DModels can be trained several at once, and this is none"
+            raise SpecError(what, "resources.cohort", "leave it at 1")
 
     def _check_roster(self) -> None:
         if len(self.card.roster) < 2:
             raise SpecError("one contributor: there is nothing to share out", "data")
+
+    def _check_joins(self) -> None:
+        if self.spec.resources.cohort > 1 and not self.spec.counterfactual.joins:
+            what = f"models of {self.spec.counterfactual.kind} are made one at a time"
+            raise SpecError(what, "resources.cohort", "leave it at 1, or fine-tune")
 
     def _check_continues(self) -> None:
         if self.predecessor is None:
@@ -294,6 +329,11 @@ class Job:
 
     # -- ids and keys -----------------------------------------------------------------------------
 
+    @property
+    def alone(self) -> dict[str, Any]:
+        """The numerics class of what is made by itself, whatever the size of cohorts."""
+        return {**self.numerics, "cohort": 1}
+
     @cached_property
     def model_inputs(self) -> dict[str, Any]:
         """What the model is before training; of a diffusers folder also its weights' digest."""
@@ -313,7 +353,7 @@ class Job:
             "data": self.card.recipe(),
             "model": self.model_inputs,
             "seed": self.spec.seed,
-            "numerics": self.numerics,
+            "numerics": self.alone,
         }
 
     @cached_property
@@ -326,7 +366,7 @@ class Job:
             "architecture": self.architecture,
             "pruning": self.spec.pruning.recipe(),
             "seed": self.spec.seed,
-            "numerics": self.numerics,
+            "numerics": self.alone,
         }
 
     @cached_property
@@ -423,7 +463,7 @@ class Job:
             "data": self.card.recipe(),
             "instrument": instrument.recipe(),
             "seed": self.spec.seed,
-            "numerics": self.numerics,
+            "numerics": self.alone,
         }
 
     def property_digest(self, prop: Property) -> str:
@@ -459,6 +499,7 @@ class Job:
         self, coalition: Coalition, replicate: int, subject: Subject, study: Study
     ) -> dict[str, Any]:
         """Return everything that decides a model's samples; its digest is the run key."""
+        together = subject == "derived" and study.counterfactual.joins and coalition.size > 0
         recipe: dict[str, Any] = {
             "recipe_version": RECIPE_VERSION,
             "subject": subject,
@@ -466,7 +507,7 @@ class Job:
             "sampling_seed": self.sampling_seed(study.streams, replicate),
             "shape": self.card.recipe()["shape"],
             "architecture": self.architecture,
-            "numerics": self.numerics,
+            "numerics": self.numerics if together else self.alone,
         }
         if subject == "trained":
             return {**recipe, "base": self.dense_id}

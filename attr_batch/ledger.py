@@ -44,6 +44,7 @@ ALIVE_SECONDS = 3 * TICK_SECONDS
 CLAIM_SECONDS = 0.02
 _DIGEST = re.compile("[0-9a-f]{64}")
 DERIVATION, DIVERGED, SAMPLES = "derivation.json", "diverged.json", "samples.safetensors"
+_WORK = "work/runs/"  # of checkpoints, whose names begin with a run's key
 PRUNED = ("specs", "bases", "properties", "runs", "reports", "failures")  # what `unneeded` judges
 _TOKEN = secrets.token_hex(8)  # of this process
 Files = Callable[[str], Collection[str]]  # the names of a run's files by its run key
@@ -586,7 +587,7 @@ class Ledger:
             keys = {key for line in lines for key in self._with_substitutes(line)}
             needed |= {f"runs/{key}" for key in keys} | {f"failures/{key}.json" for key in keys}
             unfinished = (key for key in keys if not self.store.exists(self.derivation_name(key)))
-            needed |= {f"work/runs/{key}.safetensors" for key in unfinished}
+            needed |= {f"{_WORK}{key}" for key in unfinished}
             needed |= {f"work/bases/{base}" for base in head["bases"]}
             needed |= {f"work/properties/{thing}" for thing in head["properties"]}
         there: dict[str, int] = {}
@@ -598,7 +599,8 @@ class Ledger:
                     there[thing] = there.get(thing, 0) + (size or 0)
         dropped += there
         dropped += [n for n in self.store.leftovers(3600) if n.startswith(PRUNED)]
-        names = [name for name in dict.fromkeys(dropped) if name not in needed]
+        owner = {n: n[: len(_WORK) + 64] if n.startswith(_WORK) else n for n in dropped}
+        names = [name for name in dict.fromkeys(dropped) if owner[name] not in needed]
         return [(name, there[name] if name in there else self._bytes(name)) for name in names]
 
     def _bytes(self, name: str) -> int:

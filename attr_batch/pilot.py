@@ -1,4 +1,4 @@
-"""How many images a coalition: `attr-batch pilot`, once, before a job's recipe is fixed.
+"""How many images a coalition, and how many at once: `attr-batch pilot`, before a job is fixed.
 
 An evaluation's noise has two sources: training (another seed gives another model) with variance a,
 and sampling (other images give another value) with variance b / N. Coalitions share their initial
@@ -10,26 +10,30 @@ given time is proportional to (a + b / N)(t + N u), least at
 
 (two-stage sampling: Cochran, Sampling Techniques, 1977, section 10.6). The number of images is part
 of the recipe, because entropy and inception score depend on it: choose it once.
+
+A GPU is not filled by one pruned model. There cohorts are tried too, each on whole coalitions: of
+2, 4, ... while the memory holds them and a coalition takes less time.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
 from typing import Any
 
 import numpy as np
 
-from attr_batch.errors import SpecError
+from attr_batch.errors import AttrBatchError, SpecError
 from attr_batch.job import Evaluation, Job
 from attr_batch.log import Upkeep, say
-from attr_batch.runner import Laboratory, Worker
+from attr_batch.runner import Laboratory, Worker, draw_together
 
 COALITIONS = 6  # each with two training seeds
 BLOCKS = 8  # of samples, to see what other samples would give
 FEWEST_IMAGES = 8 * BLOCKS
 ROUND_TO = 16
+COHORTS = (2, 4, 8, 16)
+WORTH_IT = 0.95  # of the time with smaller cohorts, or else these are large enough
 
 
 def pilot(job: Job) -> dict[str, Any]:
@@ -46,6 +50,7 @@ def pilot(job: Job) -> dict[str, Any]:
     if len(chosen) < COALITIONS:
         hint = f"a pilot evaluates {COALITIONS} coalitions: raise estimator.budget"
         raise SpecError(f"the plan has {len(chosen)} coalitions", "estimator.budget", hint)
+    job = job.in_cohorts(1)
     if job.numerics["device"] == "cpu":
         import torch
 
@@ -61,29 +66,57 @@ def pilot(job: Job) -> dict[str, Any]:
     t = float(np.median([run["finetune"] for run in flat]))
     u = float(np.median([run["sample"] for run in flat])) / images
     properties = [_advise(p.name, runs, images, t, u) for p in job.spec.properties]
+    cohorts = [{"cohort": 1, "seconds": t + u * images}]
+    if job.numerics["device"] == "cuda":
+        cohorts = try_cohorts(job, t + u * images)
     return {
         "images": images,
         "coalitions": COALITIONS,
         "seconds": {"finetune": t, "per_image": u},
         "properties": properties,
         "recommended": properties[0]["recommended"],
+        "cohorts": cohorts,
+        "recommended_cohort": cohorts[-1]["cohort"],
     }
+
+
+def try_cohorts(job: Job, alone: float) -> list[dict[str, Any]]:
+    """Return cohorts of growing size and the seconds that a coalition takes in each.
+
+    Up to the largest that is worth it. `alone`: what one takes by itself.
+    """
+    found = [{"cohort": 1, "seconds": alone}]
+    for size in COHORTS:
+        larger = job.in_cohorts(size)
+        design = [e for e in larger.plan if e.entry.role == "design"]
+        cohort = [e for e in design if e.joins(design[0])][:size]
+        lab = Laboratory(larger)
+        try:
+            larger.check()
+            drawn = draw_together(cohort, lab, Upkeep())
+        except AttrBatchError as error:
+            say(f"pilot: no cohort of {size}: {error}")
+            break
+        lab.forget(cohort)
+        seconds = sum(drawn[0].seconds.values())
+        say(f"pilot: {seconds:.3g} s a coalition in a cohort of {size}")
+        if len(cohort) < size or seconds > WORTH_IT * found[-1]["seconds"]:
+            break
+        found.append({"cohort": size, "seconds": seconds})
+    return found
 
 
 def _run(lab: Laboratory, evaluation: Evaluation) -> dict[str, Any]:
     """Return the properties of one model's samples, of all and of each block, and the seconds."""
-    started = time.perf_counter()
-    model = lab.model(evaluation, Upkeep())
-    trained = time.perf_counter()
-    samples = lab.draw(model, evaluation.recipe["sampling_seed"], Upkeep())
-    drawn = time.perf_counter()
-    lab.forget(evaluation)
+    drawn = draw_together([evaluation], lab, Upkeep())[0]
+    samples = drawn.samples
+    lab.forget([evaluation])
     blocks = np.array_split(samples, BLOCKS)
     values = {}
     for prop in lab.job.spec.properties:
         instrument = lab.instrument(prop)
         values[prop.name] = [prop.measure(s, instrument).value for s in (samples, *blocks)]
-    return {"values": values, "finetune": trained - started, "sample": drawn - trained}
+    return {"values": values, **drawn.seconds}
 
 
 def _advise(
@@ -143,4 +176,9 @@ def pilot_text(found: dict[str, Any]) -> str:
         "equal error beside now. A pilot knows them to some 30 %. In the spec, before all runs:",
         f"sampling.images: {found['recommended']}",
     ]
+    if len(found["cohorts"]) > 1:
+        each = ", ".join(f"{row['cohort']}: {row['seconds']:.3g} s" for row in found["cohorts"])
+        lines += [
+            f"resources.cohort: {found['recommended_cohort']}  (time a coalition takes, by {each})"
+        ]
     return "\n".join(lines)

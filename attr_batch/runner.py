@@ -35,7 +35,7 @@ from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
 from attr_batch.job import GIVE_UP_AFTER, STATISTICS, SUBSTITUTE, Evaluation, Job, Study
 from attr_batch.ledger import ALIVE_SECONDS
-from attr_batch.log import Progress, Upkeep, say
+from attr_batch.log import OnTick, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
@@ -59,18 +59,49 @@ def run_one(evaluation: Evaluation, lab: Laboratory, upkeep: Upkeep) -> None:
         return
     samples = lab.ledger.samples(evaluation.key)
     if samples is None:
-        started = time.perf_counter()
-        model = lab.model(evaluation, upkeep)  # the counterfactual: k steps on the coalition's data
-        trained = time.perf_counter()
-        seed = evaluation.recipe["sampling_seed"]  # the same initial noise for every coalition
-        samples = lab.draw(model, seed, upkeep)
-        drawn = time.perf_counter()
-        seconds = {"finetune": trained - started, "sample": drawn - trained}
-        lab.keep(evaluation, samples, seconds)
+        drawn = lab.drawn.pop(evaluation.key, None) or draw_together([evaluation], lab, upkeep)[0]
+        samples = drawn.samples
+        lab.keep(evaluation, drawn)
     for prop in missing:
         started = time.perf_counter()
         measured = prop.measure(samples, lab.instrument(prop))  # the utility v(S) and its noise
         lab.publish(evaluation, prop, measured, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A coalition's samples, uint8 (images, channels, size, size), and what they took.
+
+    Seconds by phase; of a cohort each coalition has its share.
+    """
+
+    samples: np.ndarray
+    seconds: dict[str, float]
+
+
+def draw_together(cohort: Sequence[Evaluation], lab: Laboratory, upkeep: Upkeep) -> list[Drawn]:
+    """Make the models of a cohort, one as a rule, and draw the samples of each.
+
+    Diverged if one is not finite; AttrBatchError if the GPU's memory does not hold them.
+    """
+    try:
+        started = time.perf_counter()
+        model = lab.model(cohort, upkeep)  # the counterfactual: k steps on each coalition's data
+        trained = time.perf_counter()
+        seed = cohort[0].recipe["sampling_seed"]  # the same initial noise for every coalition
+        samples = lab.draw(model, seed, upkeep)
+        drawn = time.perf_counter()
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        size = cohort[0].cohort
+        what = f"the GPU's memory does not hold a coalition's training, {size} at a time"
+        hint = "fewer at a time, fewer resources.workers, or smaller batches need less"
+        raise AttrBatchError(what, "resources.cohort", hint) from None
+    each = samples if cohort[0].cohort > 1 else [samples]
+    spent = {"finetune": trained - started, "sample": drawn - trained}
+    seconds = {phase: value / len(cohort) for phase, value in spent.items()}
+    return [Drawn(own, seconds) for own in each[: len(cohort)]]
 
 
 class Diverged(NumericsError):
@@ -84,6 +115,7 @@ class Laboratory:
         self.job, self.spec, self.ledger = job, job.spec, job.ledger
         self.device = job.numerics["device"]
         self._instruments: dict[str, Any] = {}
+        self.drawn: dict[str, Drawn] = {}  # what a cohort drew and none of it has measured yet
 
     # -- made once --------------------------------------------------------------------------------
 
@@ -162,6 +194,7 @@ class Laboratory:
         """The trained and the pruned model, checked against their digests."""
         from attr_batch.counterfactual import load_base
 
+        self.job.check_cohort()
         dense, self.dense_sha256 = self.ledger.verified_thing("bases", self.job.dense_id)
         pruned, self.pruned_sha256 = self.ledger.verified_thing("bases", self.job.pruned_id)
         card = self.job.card
@@ -201,20 +234,28 @@ class Laboratory:
 
     # -- for one evaluation -----------------------------------------------------------------------
 
-    def model(self, evaluation: Evaluation, upkeep: Upkeep) -> Any:
-        """Return the evaluation's model, ready to sample from. Diverged if training did."""
-        if evaluation.subject != "derived":
-            return self.base.reference(evaluation.subject, evaluation.recipe.get("seed"))
-        counterfactual, dataset = evaluation.study.counterfactual, self.job.dataset
-        coalition = evaluation.entry.coalition
-        removed = dataset.subset(coalition.complement()).images if counterfactual.unlearns else None
+    def model(self, cohort: Sequence[Evaluation], upkeep: Upkeep) -> Any:
+        """Return the evaluation's model, ready to sample from. Diverged if training did.
+
+        Evaluations that join each other give a cohort's models, as many as `Evaluation.cohort`
+        says: their number decides bits, so where fewer are left the last one fills the others'
+        places.
+        """
+        first = cohort[0]
+        if first.subject != "derived":
+            return self.base.reference(first.subject, first.recipe.get("seed"))
+        counterfactual, dataset = first.study.counterfactual, self.job.dataset
+        others = first.entry.coalition.complement()
+        removed = dataset.subset(others).images if counterfactual.unlearns else None
+        each: Any = [dataset.subset(e.entry.coalition).images for e in cohort]
+        each += each[-1:] * (first.cohort - len(cohort))
         with _divergence():
             return counterfactual.derive(
                 self.base,
-                dataset.subset(coalition).images,
+                each if first.cohort > 1 else each[0],
                 removed,
-                seed=evaluation.recipe["seed"],
-                checkpoint=self._checkpoint(evaluation),
+                seed=first.recipe["seed"],
+                checkpoint=self.ledger.work(self.checkpoint_name(cohort)),
                 upkeep=upkeep,
                 device=self.device,
             )
@@ -222,7 +263,7 @@ class Laboratory:
     def draw(self, model: Any, seed: int, upkeep: Upkeep) -> np.ndarray:
         """Return uint8 samples (images, channels, size, size) from the initial noise of `seed`.
 
-        Diverged if they are not finite.
+        Of a cohort's K models (K, images, ...). Diverged if they are not finite.
         """
         card = self.job.card
         with _divergence():
@@ -235,20 +276,23 @@ class Laboratory:
                 upkeep=upkeep,
             )
 
-    def _checkpoint(self, evaluation: Evaluation) -> Path:
-        return self.ledger.work(self.checkpoint_name(evaluation))
+    def checkpoint_name(self, cohort: Sequence[Evaluation]) -> str:
+        """Return the name of a cohort's checkpoint among the work on the way.
 
-    def checkpoint_name(self, evaluation: Evaluation) -> str:
-        """Return the name of an evaluation's checkpoint among the work on the way."""
-        return f"runs/{evaluation.key}.safetensors"
+        It begins with the first run's key, and tells who else is in it.
+        """
+        keys = [e.key for e in cohort]
+        others = f"-{digest(keys)[:12]}" if cohort[0].cohort > 1 else ""
+        return f"runs/{keys[0]}{others}.safetensors"
 
-    def forget(self, evaluation: Evaluation) -> None:
-        """Remove what is left of an evaluation on the way."""
-        self.ledger.store.discard(self.checkpoint_name(evaluation))
+    def forget(self, cohort: Sequence[Evaluation]) -> None:
+        """Remove what is left of a cohort on the way."""
+        self.ledger.store.discard(self.checkpoint_name(cohort))
 
-    def keep(self, evaluation: Evaluation, samples: np.ndarray, seconds: dict[str, float]) -> None:
+    def keep(self, evaluation: Evaluation, drawn: Drawn) -> None:
         """Publish what `sampling.keep` says, and how the samples came to be."""
         ledger, key, keep = self.ledger, evaluation.key, self.spec.sampling.keep
+        samples = drawn.samples
         if keep in ("grid", "all"):
             ledger.store.publish(ledger.grid_name(key), grid_png(samples[:GRID_IMAGES]))
         if keep == "all":
@@ -260,11 +304,11 @@ class Laboratory:
             "key": key,
             "recipe": dict(evaluation.recipe),
             "samples_sha256": digest(samples.tobytes()),
-            "seconds": seconds,
+            "seconds": drawn.seconds,
             "provenance": self._provenance,
         }
         ledger.publish_fact(ledger.derivation_name(key), fact)
-        self.forget(evaluation)
+        self.forget([evaluation])
 
     def publish(
         self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
@@ -359,10 +403,10 @@ class Worker:
         """Make what is missing of what all share (or wait for it), then evaluate."""
         self.prepare(prepares)
         while True:
-            evaluation = self._next()
-            if evaluation is not None:
-                self._finished.add(evaluation.key)
-                self._evaluate(evaluation)
+            cohort = self._next_cohort()
+            if cohort:
+                self._finished |= {e.key for e in cohort}
+                self._evaluate(cohort)
             elif any(e.key not in self._finished for e in self._stays_for()):
                 # Another process is at them: should it die, we go on.
                 self._breathe(self.ledger.store.poll_seconds)
@@ -406,20 +450,42 @@ class Worker:
             for file in folder.iterdir():
                 if file.is_symlink():  # what is written under its name would land elsewhere
                     file.unlink()
-            with self._claimed(thing.id, thing.title, f"{thing.family}/{thing.id}") as upkeep:
+            with (
+                self.ledger.beating(thing.id, thing.title) as beat,
+                self._upkeep(beat, f"{thing.family}/{thing.id}") as upkeep,
+            ):
                 started = time.perf_counter()
                 thing.make(folder, upkeep)
                 seconds = time.perf_counter() - started
                 self.ledger.publish_thing(thing.family, thing.id, folder, thing.inputs, seconds)
         return True
 
-    def _next(self) -> Evaluation | None:
-        """Claim the next evaluation: own ones in order, then what others have not come to."""
+    def _next_cohort(self) -> list[Evaluation]:
+        """Claim the next evaluation and, where it is made in a cohort, others to join it."""
+        cohort: list[Evaluation] = []
+        try:
+            while not cohort or len(cohort) < cohort[0].cohort:
+                evaluation = self._next(cohort[0] if cohort else None)
+                if evaluation is None:
+                    break
+                cohort.append(evaluation)
+        except Interrupted:
+            for evaluation in cohort:
+                self.ledger.rest(evaluation.key)
+            raise
+        return cohort
+
+    def _next(self, to_join: Evaluation | None = None) -> Evaluation | None:
+        """Claim the next evaluation: own ones in order, then what others have not come to.
+
+        With `to_join` the next that can be of one cohort with it.
+        """
         plan = self.agenda.work
         if self._planned != len(plan):
             self._planned, self._helping = len(plan), False
             self._queue = deque(plan[self.shard :: self.shards])
         claimed_by_others: list[Evaluation] = []
+        later: list[Evaluation] = []
         try:
             while self._queue or not self._helping:
                 if not self._queue:
@@ -427,6 +493,9 @@ class Worker:
                     continue
                 evaluation = self._queue.popleft()
                 if evaluation.key in self._finished:
+                    continue
+                if to_join is not None and not evaluation.joins(to_join):
+                    later.append(evaluation)
                     continue
                 if self.stopped:
                     self._breathe()
@@ -437,6 +506,7 @@ class Worker:
                 else:
                     claimed_by_others.append(evaluation)
         finally:
+            self._queue.extendleft(reversed(later))
             self._queue.extend(claimed_by_others)  # they may die of it
         return None
 
@@ -462,10 +532,44 @@ class Worker:
         recent = self._began <= failure.get("time", 0.0) <= now + ALIVE_SECONDS
         return recent or failure.get("session") == self.session
 
-    def _evaluate(self, evaluation: Evaluation) -> None:
+    def _evaluate(self, cohort: Sequence[Evaluation]) -> None:
+        """Run a cohort's coalitions, one as a rule, which are ours meanwhile."""
+        with contextlib.ExitStack() as claims:
+            beats = [claims.enter_context(self.ledger.beating(e.key, e.title)) for e in cohort]
+            together = self._draw_together(cohort, beats) if len(cohort) > 1 else []
+            for evaluation, beat in zip(cohort, beats, strict=True):
+                self._evaluate_one(evaluation, beat)
+            if together:
+                self.lab.forget(together)
+
+    def _draw_together(
+        self, cohort: Sequence[Evaluation], beats: Sequence[OnTick]
+    ) -> list[Evaluation]:
+        """Draw for those of a cohort that have no samples yet, and return them.
+
+        A model that is not finite makes the cohort's loss so; then each is left to itself.
+        """
+
+        def beat(done: int, total: int, figures: dict[str, float]) -> None:
+            for own in beats:
+                own(done, total, figures)
+
+        ledger, job = self.ledger, self.job
+        undrawn = [e for e in cohort if job.settled(e) is e and ledger.samples(e.key) is None]
+        if len(undrawn) < 2:
+            return []
+        with (
+            self._upkeep(beat, self.lab.checkpoint_name(undrawn)) as upkeep,
+            contextlib.suppress(Diverged),
+        ):
+            drawn = draw_together(undrawn, self.lab, upkeep)
+            self.lab.drawn = dict(zip((e.key for e in undrawn), drawn, strict=True))
+        return undrawn
+
+    def _evaluate_one(self, evaluation: Evaluation, beat: OnTick) -> None:
         """Run one coalition; a failure is recorded and the others go on."""
         try:
-            self._run_with_substitutes(evaluation)
+            self._run_with_substitutes(evaluation, beat)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -477,12 +581,11 @@ class Worker:
             return
         self.ledger.forgive(evaluation.key)
 
-    def _run_with_substitutes(self, evaluation: Evaluation) -> None:
+    def _run_with_substitutes(self, evaluation: Evaluation, beat: OnTick) -> None:
         """Repeat once what is not finite; a model that diverges twice gives way to a substitute."""
         current = self.job.settled(evaluation)
         while True:
-            work = self.lab.checkpoint_name(current)
-            with self._claimed(evaluation.key, evaluation.title, work) as upkeep:
+            with self._upkeep(beat, self.lab.checkpoint_name([current])) as upkeep:
                 try:
                     with contextlib.suppress(NumericsError):
                         return run_one(current, self.lab, upkeep)
@@ -497,19 +600,18 @@ class Worker:
                     current = instead
 
     @contextlib.contextmanager
-    def _claimed(self, name: str, phase: str, work: str) -> Iterator[Upkeep]:
-        """Keep the heartbeat of `name` going while it is worked on.
+    def _upkeep(self, beat: OnTick, work: str) -> Iterator[Upkeep]:
+        """Give what a long loop calls: it beats, stops with the worker, and keeps checkpoints.
 
-        Checkpoints, which lie at `work`, are kept for whoever goes on should this process end.
+        Those lie at `work`, and are kept for whoever goes on should this process end.
         """
         keep = partial(self.ledger.store.keep, work)
-        with self.ledger.beating(name, phase) as beat:
-            try:
-                with explained(Path("work", work), self.ledger.store.room_hint):
-                    yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
-            except Interrupted:
-                keep()
-                raise
+        try:
+            with explained(Path("work", work), self.ledger.store.room_hint):
+                yield Upkeep(beat, lambda: self.stopped, on_saved=keep)
+        except Interrupted:
+            keep()
+            raise
 
     def _breathe(self, seconds: float = POLL_SECONDS) -> None:
         last = time.monotonic() + seconds

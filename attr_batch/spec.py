@@ -59,7 +59,7 @@ class Tracking(Part):
 
 
 class Resources(Part):
-    """What the job may use. Nothing here changes a number, but for the device (numerics class)."""
+    """What the job may use. Only the numerics class, device and cohort, moves last bits."""
 
     workers: int | None = Field(
         default=None,
@@ -69,6 +69,13 @@ class Resources(Part):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda if there is one"
+    )
+    cohort: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Coalitions that a worker fine-tunes and samples at once. More than one pays "
+        "on a GPU alone: `attr-batch pilot` says how many.",
     )
     base_wait: float = Field(
         default=3600.0,

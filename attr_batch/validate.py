@@ -150,7 +150,7 @@ def _wanted(
                 "base": job.dense_id,
                 "sampling": job.spec.sampling.recipe(),
                 "sampling_seed": job.sampling_seed(),
-                "numerics": job.numerics,
+                "numerics": job.alone,
             }
             yield prop, studies.label(baseline), baseline, inputs
 

@@ -84,13 +84,13 @@ def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
 
     for done, evaluation in enumerate(derived, start=1):
         with diffusers_modules():
-            model = lab.model(evaluation, Upkeep())
+            model = lab.model([evaluation], Upkeep())
             for lever, changed in SAMPLINGS.items():
                 record(lever, evaluation, model, Sampling(**{**own, **changed}))
         plan = evaluation.study.counterfactual
         for lever, changed in TRAININGS.items():
             with mock.patch.object(type(plan), "derive", _with(plan, changed)):
-                model = lab.model(evaluation, Upkeep())
+                model = lab.model([evaluation], Upkeep())
             record(lever, evaluation, model, Sampling(**{**own, **SAMPLINGS["dpmpp 12"]}))
         print(f"{done}/{len(derived)} coalitions", file=sys.stderr, flush=True)
     return found

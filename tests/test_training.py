@@ -328,11 +328,12 @@ def test_ticks_show_the_loss():
 
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_cohort_learns_as_its_models_do_alone(clip, precision):
+@pytest.mark.parametrize("network", [TINY, DROPPING], ids=["plain", "dropout"])
+def test_a_cohort_learns_as_its_models_do_alone(clip, precision, network):
     """Different images, different start weights; one of them has gradients that are clipped."""
     training = SHORT.model_copy(update={"clip": clip, "precision": precision})
     parts = [IMAGES[:5], IMAGES[3:], 255 - IMAGES]
-    models = [TINY.build(1, 4, seed) for seed in range(3)]
+    models = [network.build(1, 4, seed) for seed in range(3)]
     cohort = stack(models)
     mean = Ema(cohort, "short")
     together = train(cohort, parts, SCHEDULE, training, seed=3, ema=mean)

@@ -4,7 +4,8 @@ Two families. Those of `learning` train on the coalition's images: the paper's s
 fine-tuning (Eq. 6), fine-tuning the dense model, LoRA, and retraining, the definition itself and
 the most expensive. Those of `unlearning` take the others' images out of the trained model: gradient
 ascent and influence unlearning. A further method is one more class with `kind`, `start`,
-`unlearns`, `check` and `derive`, and one more name in the union `Counterfactual`.
+`unlearns`, `joins` (whether several can be derived at once), `check` and `derive`, and one more
+name in the union `Counterfactual`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ restarted for each coalition; `ema: continued` is the published one, kept to sho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydantic import Field, PositiveInt
 
 from attr_batch.counterfactual.prepared import Base, Start
 from attr_batch.errors import SpecError
+from attr_batch.fused import stack
 from attr_batch.models import Model, NoiseSchedule, Training
 from attr_batch.recipe import Part, derive_seed
 from attr_batch.training import Ema, Run, train
@@ -38,6 +40,7 @@ class _Finetuning(Brief):
 
     start: ClassVar[Start]
     unlearns: ClassVar[bool] = False
+    joins: ClassVar[bool] = True
 
     ema: Literal["restarted", "raw", "continued"] = Field(
         default="restarted",
@@ -48,17 +51,20 @@ class _Finetuning(Brief):
     def derive(
         self,
         base: Base,
-        images: np.ndarray,
+        images: np.ndarray | Sequence[np.ndarray],
         removed: np.ndarray | None = None,  # noqa: ARG002
         **run: Unpack[Run],
     ) -> torch.nn.Module:
         """Return the model of the coalition whose uint8 images these are, ready to sample from.
 
-        Without images it is the untrained network. Errors are those of `training.train`.
+        Without images it is the untrained network. K arrays of images, each with some, give a
+        cohort's models (`fused.stack`). Errors are those of `training.train`.
         """
         if len(images) == 0:
             return base.fresh(self.start, run["seed"])
         module = base.module(self.start)
+        if not isinstance(images, np.ndarray):
+            module = stack([module] * len(images))
         continued = self.ema == "continued"
         ema = base.long_ema(self.start, module) if continued else _short_ema(self.ema, module)
         return _learn(module, images, base.schedule, self, ema, **run)
@@ -92,6 +98,7 @@ class Lora(Brief):
     """
 
     unlearns: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     kind: Literal["lora"] = "lora"
     base: Literal["dense", "pruned"] = Field(default="dense", description="What gets adapters.")
@@ -145,6 +152,7 @@ class Retrain(Part):
 
     start: ClassVar[Start] = "fresh"
     unlearns: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
     kind: Literal["retrain"] = "retrain"
     training: Training | None = None
@@ -188,7 +196,7 @@ def _short_ema(ema: str, module: torch.nn.Module) -> Ema | None:
 
 def _learn(
     module: Any,
-    images: np.ndarray,
+    images: np.ndarray | Sequence[np.ndarray],
     schedule: NoiseSchedule,
     training: Training,
     ema: Ema | None,

@@ -273,6 +273,18 @@ def test_a_cohort_draws_what_its_models_draw(precision):
         assert nearly_equal(mine, alone, precision)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_neither_a_place_in_a_cohort_nor_its_neighbours_change_a_bit(precision):
+    """What the runner relies on: it fills places as evaluations come, the last ones twice."""
+    one, two, three = build("attention", 3, pruned=True)
+    sampling = Sampling(steps=6, images=19, batch=8, precision=precision)
+    first = sampling.draw(stack([one, two, three]), SCHEDULE, SHAPE, seed=5, device=DEVICE)
+    other = sampling.draw(stack([three, one, one]), SCHEDULE, SHAPE, seed=5, device=DEVICE)
+    assert np.array_equal(first[0], other[1])
+    assert np.array_equal(first[0], other[2])
+    assert np.array_equal(first[2], other[0])
+
+
 def test_samples_on_this_device_are_the_cpus():
     (module,) = build("plain")
     sampling = Sampling(steps=6, images=9, batch=8)

@@ -1,0 +1,236 @@
+"""Coalitions fine-tuned several at once: the same values, whoever is in it, whatever fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from conftest import TINY, work_through
+
+from attr_batch import log, outlook, pilot, results, runner, training
+from attr_batch.counterfactual import SparsifiedFinetune
+from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
+from attr_batch.job import Evaluation, Job
+from attr_batch.runner import Laboratory, Worker
+
+KEPT = {**TINY["sampling"], "keep": "all"}
+OF_3 = {**TINY["resources"], "cohort": 3}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Job:
+    """A finished job of cohorts of 3, in a store where each was evaluated alone before."""
+    from attr_batch.spec import validate
+
+    tree = {**TINY, "store": str(tmp_path_factory.mktemp("done") / "store"), "sampling": KEPT}
+    work_through(Job(validate(tree)))
+    job = Job(validate({**tree, "resources": OF_3}))
+    work_through(job)
+    return job
+
+
+@pytest.fixture
+def together(tiny) -> Callable[..., Job]:
+    """Open the tiny job with cohorts of 3, with whole sections replaced."""
+    return lambda **sections: tiny(**{"sampling": KEPT, "resources": OF_3, **sections})
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many coalitions were trained at once, in order."""
+    found, derive = [], SparsifiedFinetune.derive
+
+    def noted(self, base, images, *arguments, **run):
+        found.append(0 if isinstance(images, np.ndarray) else len({id(i) for i in images}))
+        return derive(self, base, images, *arguments, **run)
+
+    monkeypatch.setattr(SparsifiedFinetune, "derive", noted)
+    return found
+
+
+def attribution(job: Job) -> bytes:
+    results.publish(job)
+    return job.ledger.store.read(f"{job.report_name}/attribution.json")
+
+
+def in_cohorts(job: Job) -> list[Evaluation]:
+    return [e for e in job.plan if e.cohort > 1]
+
+
+def test_they_give_what_each_gives_alone(done):
+    """Last bits may differ, hence a pixel's rounding; most are the same."""
+    alone = done.in_cohorts(1)
+    pairs = list(zip(alone.plan, done.plan, strict=True))
+    assert {(b.subject, b.entry.coalition.size > 0) for a, b in pairs if a.key != b.key} == {
+        ("derived", True)
+    }
+    for a, b in pairs:
+        first, second = done.ledger.samples(a.key), done.ledger.samples(b.key)
+        apart = np.abs(first.astype(int) - second)
+        assert apart.max() <= 2
+        assert np.mean(apart > 0) < 0.01
+    assert alone.things == done.things
+
+
+def test_three_are_trained_at_once_and_places_left_are_filled(together, sizes):
+    job = together()
+    work_through(job)
+    by_replicate = Counter(e.entry.replicate for e in in_cohorts(job))
+    wanted = [min(3, n - at) for n in by_replicate.values() for at in range(0, n, 3)]
+    assert sorted(size for size in sizes if size) == sorted(wanted)
+    assert 0 < min(wanted) < 3
+    assert not list(job.ledger.store.path("work/runs").iterdir())
+    assert job.ledger.heartbeats() == []
+
+
+def test_neither_shards_nor_neighbours_change_a_bit(done, together):
+    job = together()
+    Worker(Laboratory(job), 0, 1, "s").prepare(prepares=True)
+    for shard in (2, 0, 1):
+        work_through(together(), shard, 3)
+    assert attribution(job) == attribution(done)
+    for evaluation in in_cohorts(job):
+        name = job.ledger.samples_name(evaluation.key)
+        assert job.ledger.store.read(name) == done.ledger.store.read(name)
+
+
+@pytest.mark.parametrize("phase", ["training", "sampling"])
+def test_a_stopped_cohort_goes_on(done, together, monkeypatch, phase):
+    job = together()
+    lab = Laboratory(job)
+    worker = Worker(lab, 0, 1, "s")
+    job.write_down()
+    worker.prepare(prepares=True)
+    ticks, tick = [], log.Upkeep.tick
+
+    def stopping(upkeep, at, total, **figures):
+        ticks.append(at)
+        worker.stopped = ticks.count(2 if phase == "training" else 48) == 3
+        return tick(upkeep, at, total, **figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Upkeep, "tick", stopping)
+        with pytest.raises(Interrupted):
+            worker.work(prepares=True)
+    (checkpoint,) = job.ledger.store.path("work/runs").iterdir() if phase == "training" else [None]
+    assert job.ledger.heartbeats() == []
+    assert job.ledger.unneeded([]) == []
+    restored, restore = [], training._restore
+    monkeypatch.setattr(training, "_restore", lambda *state: restored.append(1) or restore(*state))
+    work_through(together())
+    assert (len(restored) == 1) == (phase == "training")
+    assert checkpoint is None or not checkpoint.exists()
+    assert attribution(job) == attribution(done)
+
+
+def test_a_checkpoint_of_a_finished_cohort_is_not_needed(done, tmp_path):
+    first, second = in_cohorts(done)[:2]
+    path = done.ledger.work(Laboratory(done).checkpoint_name([first, second]))
+    path.write_bytes(b"left over")
+    assert done.ledger.unneeded([]) == [(f"work/runs/{path.name}", 9)]
+    path.unlink()
+
+
+def test_a_model_that_diverges_leaves_the_others_their_values(done, together, monkeypatch):
+    bad = in_cohorts(done)[1]
+    derive, images = SparsifiedFinetune.derive, len(done.dataset.subset(bad.entry.coalition).images)
+
+    def diverging(self, base, each, *arguments, **run):
+        first_seed = run["seed"] == bad.recipe["seed"]
+        if first_seed and any(len(part) == images for part in each):
+            raise NumericsError("the training loss became nan")
+        return derive(self, base, each, *arguments, **run)
+
+    monkeypatch.setattr(SparsifiedFinetune, "derive", diverging)
+    job = together()
+    work_through(job)
+    replaced = [e for e in job.plan if job.settled(e).key != e.key]
+    same_size = [
+        e
+        for e in in_cohorts(job)
+        if len(job.dataset.subset(e.entry.coalition).images) == images
+        and e.recipe["seed"] == bad.recipe["seed"]
+    ]
+    assert replaced == same_size
+    assert all(job.settled(e).cohort == 3 for e in replaced)
+    for evaluation in in_cohorts(job):
+        if evaluation not in replaced:
+            name = job.ledger.samples_name(evaluation.key)
+            assert job.ledger.store.read(name) == done.ledger.store.read(name)
+    assert outlook.status(job)["evaluations"]["failed"] == 0
+
+
+def test_a_gpu_that_is_full_ends_the_run_and_says_what_to_do(together, monkeypatch):
+    import torch
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(SparsifiedFinetune, "derive", full)
+    job = together()
+    with pytest.raises(AttrBatchError, match="memory does not hold") as caught:
+        work_through(job)
+    assert "resources.cohort" in str(caught.value)
+    assert job.ledger.heartbeats() == []
+
+
+def test_what_cannot_be_in_a_cohort_is_refused_before_work(together):
+    lora = together(counterfactual={"kind": "lora", "steps": 3, "batch": 32})
+    with pytest.raises(SpecError, match="one at a time") as caught:
+        lora.check()
+    assert "resources.cohort" in str(caught.value)
+    job = together()
+    job.check()
+    job.check_numbers()
+
+
+def test_a_network_that_only_diffusers_walks_is_refused(together, monkeypatch):
+    from attr_batch import fused
+
+    monkeypatch.setattr(fused, "supported", lambda _: False)
+    job = together()
+    with pytest.raises(SpecError, match="plain UNet2DModels"):
+        job.check_numbers()
+    with pytest.raises(SpecError, match="plain UNet2DModels"):
+        _ = Laboratory(job).base
+
+
+def test_the_plan_says_what_another_cohort_makes_new(done, together):
+    other = done.in_cohorts(2)
+    facts = outlook.plan(other)
+    (difference,) = facts["new_because"]["differences"]
+    assert difference["path"] == "numerics.cohort"
+    assert difference["makes_new"] == [outlook.MODELS]
+    assert facts["evaluations"]["new"] == len(in_cohorts(other))
+
+
+# -- how many -------------------------------------------------------------------------------------
+
+
+def test_the_pilot_grows_a_cohort_while_it_pays(together, monkeypatch):
+    job = together()
+    Worker(Laboratory(job), 0, 1, "s").prepare(prepares=True)
+    seconds = {2: 6.0, 4: 4.0, 8: 3.9}
+
+    def drawn(cohort, lab, upkeep):
+        assert len(cohort) == cohort[0].cohort
+        lab.model(cohort, upkeep)
+        return [runner.Drawn(np.zeros(1), {"finetune": seconds[len(cohort)]})] * len(cohort)
+
+    monkeypatch.setattr(pilot, "draw_together", drawn)
+    found = pilot.try_cohorts(job, 10.0)
+    assert [(row["cohort"], row["seconds"]) for row in found] == [(1, 10.0), (2, 6.0), (4, 4.0)]
+    assert not list(job.ledger.store.path("work/runs").iterdir())
+
+
+def test_the_pilot_keeps_to_what_the_memory_holds(together, monkeypatch, capsys):
+    def drawn(cohort, *_):
+        if len(cohort) > 2:
+            raise AttrBatchError("the GPU's memory does not hold 4 models and their batches")
+        return [runner.Drawn(np.zeros(1), {"finetune": 1.0})] * len(cohort)
+
+    monkeypatch.setattr(pilot, "draw_together", drawn)
+    assert [row["cohort"] for row in pilot.try_cohorts(together(), 9.0)] == [1, 2]
+    assert "does not hold" in capsys.readouterr().err
