@@ -40,9 +40,13 @@ def disturb(
     times: int,
     strike: Callable[[Site, Process], None],
     phases: Sequence[str] = PHASES,
+    like: Site | None = None,
     **sections: Any,
 ) -> None:
-    """Strike `times` times, the same job in one phase after the other; it must end undisturbed."""
+    """Strike `times` times, the same job in one phase after the other; it must end undisturbed.
+
+    That is, `like` another job that nobody struck.
+    """
     left = times
     while left:
         site = bench.site(**sections)
@@ -58,7 +62,7 @@ def disturb(
             left -= 1
             process.gone()
             expect(not site.job.ledger.bad_files(), "it left damaged files")
-        site.finish()
+        site.finish(like)
 
 
 def kill_group(bench: Bench, times: int = 24) -> None:
@@ -85,6 +89,20 @@ def kill_worker(bench: Bench) -> None:
         process.end(0)
 
     disturb(bench, bench.times(6, 1), strike, resources={"device": "cpu", "workers": 2})
+
+
+def kill_cohort(bench: Bench) -> None:
+    """SIGKILL to the whole group of a job that fine-tunes three coalitions at once."""
+    resources = {"device": "cpu", "workers": 2, "cohort": 3}
+
+    def strike(_: Site, process: Process) -> None:
+        bench.row.hits[met(process)] += 1
+        process.kill()
+        process.end(-signal.SIGKILL)
+
+    like = bench.undisturbed(resources=resources)
+    phases = ("fine-tuning", "sampling", "publishing")
+    disturb(bench, bench.times(12, 1), strike, phases, like, resources=resources)
 
 
 def kill_parent(bench: Bench) -> None:
@@ -238,6 +256,7 @@ SCENARIOS = {
     for f in (
         kill_group,
         kill_worker,
+        kill_cohort,
         kill_parent,
         kill_at_calls,
         kill_new_mirror,

@@ -71,16 +71,19 @@ def poison(folder: Path) -> None:
     """Make the models that the file `nan` asks for not finite."""
     make = Laboratory.model
 
-    def poisoned(self: Laboratory, evaluation: Any, upkeep: Upkeep) -> Any:
-        model = make(self, evaluation, upkeep)
+    def poisoned(self: Laboratory, cohort: Any, upkeep: Upkeep) -> Any:
+        model = make(self, cohort, upkeep)
         with (folder / "nan").open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             coalition, count = file.read().split()
-            if str(evaluation.entry.coalition) == coalition and int(count):
+            there = [str(e.entry.coalition) for e in cohort]
+            if coalition in there and int(count):
                 file.seek(0)
                 file.write(f"{coalition} {int(count) - 1}")
                 file.truncate()
-                next(model.parameters()).data.fill_(float("nan"))
+                weights = next(model.parameters()).data
+                own = weights if cohort[0].cohort == 1 else weights[there.index(coalition)]
+                own.fill_(float("nan"))
         return model
 
     Laboratory.model = poisoned
