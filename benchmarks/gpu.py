@@ -237,6 +237,7 @@ def pytest(*words: str) -> Callable[[Run, int], list[str]]:
     return command
 
 
+JOB = "tests/gpu/test_gpu_job.py"  # by the command line, in processes of its own
 CPU_TESTS = ("test_ops", "test_conv", "test_norm_act", "test_fused", "test_training")
 
 
@@ -257,12 +258,14 @@ def all_steps(rehearsal: bool) -> list[Step]:
     steps = [
         build,
         *(Step(f"check {op}", part("check", "--op", op), 10, 30) for op in OPS),
-        Step("tests", pytest("tests/gpu", *few), 40, 110, ("pytest",), on_cpu),
+        Step("tests", pytest("tests/gpu", f"--ignore={JOB}", *few), 40, 110, ("pytest",), on_cpu),
         Step("ops", part("ops"), 50, 105),
         Step("pipeline", reference_if_broken("pipeline"), 60, 150, NEEDS["models"]),
         Step("job", reference_if_broken("job"), 40, 80, NEEDS["models"]),
     ]
     if not rehearsal:
+        needs = ("pytest", *NEEDS["models"])
+        steps.insert(-3, Step("a run", pytest(JOB), 30, 70, needs))
         files = [f"tests/{name}.py" for name in CPU_TESTS if (ROOT / f"tests/{name}.py").exists()]
         needs = (*NEEDS["tests"], *NEEDS["models"])
         steps.append(Step("tests on the CPU", pytest(*files), 20, 120, needs, threads))
