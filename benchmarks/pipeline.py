@@ -9,7 +9,9 @@ process on one thread, taking turns. `step` is one training step, `image` one sa
 median of at least 5 repetitions at a batch of 8; `forward` is one pass of such a batch, also as
 inductor compiles it (the ratio is eager's); `coalition` is k steps and N images of the paper's
 CIFAR-20 (k 1,000, N 10,240) on those medians; `answer` multiplies by what our estimator saves for
-an equal error, as benchmarks/results/estimators.json has it. `--quick` measures the small shape.
+an equal error, as benchmarks/results/estimators.json has it. `bf16` is ours with `precision: bf16`
+in training and sampling. `memory` is what a coalition takes at its worst beyond the base model, in
+a process of its own a side. `--quick` measures the small shape.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,10 +87,10 @@ class Published:
         self.ema.step(self.module.parameters())
 
     @torch.no_grad()
-    def sample(self) -> torch.Tensor:
-        """One batch of samples by 100 steps of DDIM."""
+    def sample(self, steps: int = 100) -> torch.Tensor:
+        """One batch of samples by steps of DDIM."""
         self.module.eval()
-        self.noise.set_timesteps(100)
+        self.noise.set_timesteps(steps)
         x = torch.randn(self.batch, CHANNELS, SIZE, SIZE, device=self.device)
         for t in self.noise.timesteps:
             x = self.noise.step(self.module(x, t).sample, t, x).prev_sample
@@ -109,9 +113,14 @@ class Watch(log.Upkeep):
 class Ours:
     """A coalition as a job computes it, by the same functions."""
 
-    def __init__(self, module: torch.nn.Module, images: np.ndarray) -> None:
+    def __init__(
+        self, module: torch.nn.Module, images: np.ndarray, precision: Literal["fp32", "bf16"]
+    ) -> None:
         self.module, self.images = copy.deepcopy(module), images
-        self.training = SparsifiedFinetune(steps=1_000_000, batch=BATCH, learning_rate=1e-4)
+        self.training = SparsifiedFinetune(
+            steps=1_000_000, batch=BATCH, learning_rate=1e-4, precision=precision
+        )
+        self.sampling = SAMPLING.model_copy(update={"precision": precision})
 
     def steps(self, count: int) -> list[float]:
         """Take steps and return the seconds of each but the first."""
@@ -122,32 +131,44 @@ class Ours:
         train(self.module, self.images, SCHEDULE, training, seed=1, ema=ema, upkeep=Watch(ticks))
         return list(np.diff(ticks))
 
-    def sample(self, sampling: Sampling) -> np.ndarray:
+    def sample(self) -> np.ndarray:
         """Draw one batch of samples."""
-        return sampling.draw(self.module, SCHEDULE, (CHANNELS, SIZE, SIZE), seed=1)
+        return self.sampling.draw(self.module, SCHEDULE, (CHANNELS, SIZE, SIZE), seed=1)
 
 
-def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
-    """Return the rows of one shape."""
-    module = unet.build(CHANNELS, SIZE, 0)
+def subject(name: str) -> tuple[torch.nn.Module, np.ndarray, tuple[int, int]]:
+    """Return a shape's pruned module, images to train on, and its multiplications before, after."""
+    module = SHAPES[name].build(CHANNELS, SIZE, 0)
     plan = Magnitude(ratio=RATIO).plan(module, CHANNELS, SIZE)
     plan.apply(module)
     images = np.random.default_rng(0).integers(0, 256, (64, CHANNELS, SIZE, SIZE), np.uint8)
-    published, ours = Published(module, images), Ours(module, images)
+    return module, images, plan.macs
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of one shape."""
+    module, images, macs = subject(name)
+    published, ours = Published(module, images), Ours(module, images, "fp32")
+    halved = Ours(module, images, "bf16")
 
     # A step: ours is taken from inside the training loop, which several steps share.
     published.step()
-    steps: dict[str, list[float]] = {"published": [], "ours": []}
+    steps: dict[str, list[float]] = {"published": [], "ours": [], "bf16": []}
     for _ in range(rounds):
         for _ in range(2):
             started = time.perf_counter()
             published.step()
             steps["published"].append(time.perf_counter() - started)
         steps["ours"] += ours.steps(2)
+        steps["bf16"] += halved.steps(2)
     step = {side: statistics.median(s) for side, s in steps.items()}
 
     # An image.
-    sides = {"published": published.sample, "ours": lambda: ours.sample(SAMPLING)}
+    sides: dict[str, Callable[[], object]] = {
+        "published": published.sample,
+        "ours": ours.sample,
+        "bf16": halved.sample,
+    }
     image = {side: statistics.median(s) / BATCH for side, s in interleaved(sides, rounds).items()}
 
     # A forward pass, beside what inductor makes of diffusers' modules.
@@ -156,16 +177,50 @@ def measure(name: str, unet: UNet, rounds: int) -> list[dict[str, Any]]:
     coalition = {side: K * step[side] + IMAGES * image[side] for side in step}
     saving = estimator_saving()
     answer = {"published": coalition["published"] * saving, "ours": coalition["ours"]}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    rows = [
-        row(f"{name}/step", step),
+    memory = {side: peak_mib(name, side) for side in ("published", "ours")}
+    return [
+        row(f"{name}/step", step, macs=macs),
         row(f"{name}/image", image),
         row(f"{name}/forward", forward),
         row(f"{name}/coalition", coalition, derived=True, k=K, images=IMAGES),
         row(f"{name}/answer", answer, derived=True, estimator_saving=saving),
+        {
+            "name": f"{name}/memory",
+            **{f"{side}_mib": round(mib) for side, mib in memory.items()},
+            "ratio": round(memory["ours"] / memory["published"], 2),
+        },
     ]
-    rows[0]["macs"], rows[0]["peak_mib"] = plan.macs, round(memory)
-    return rows
+
+
+def peak_mib(name: str, side: str) -> float:
+    """Return the memory that a coalition takes on one side, measured in another process."""
+    command = [sys.executable, __file__, "--peak", name, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(name: str, side: str) -> None:
+    """Take a few steps and draw a batch; print by how many MiB memory grew at its worst."""
+    module, images, _ = subject(name)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_mib("VmRSS")
+    if side == "published":
+        published = Published(module, images)
+        for _ in range(3):
+            published.step()
+        published.sample(4)
+    else:
+        ours = Ours(module, images, "fp32")
+        ours.steps(2)
+        ours.sample()
+    print(_status_mib("VmHWM") - before)
+
+
+def _status_mib(field: str) -> float:
+    """Return a figure of this process's memory as Linux has it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise LookupError(field)
 
 
 @torch.no_grad()
@@ -214,21 +269,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the published pipeline against ours")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="the small shape only")
+    parser.add_argument("--peak", nargs=2, metavar=("SHAPE", "SIDE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if arguments.peak:
+        print_peak(*arguments.peak)
+        return
     names = ["small"] if arguments.quick else list(SHAPES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers deprecates parts of its own
-        rows = [r for name in names for r in measure(name, SHAPES[name], 5)]
+        rows = [r for name in names for r in measure(name, 5)]
     found = envelope(rows, ops=ops.backend(), threads=1, batch=BATCH, solver=SAMPLING.recipe())
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
     for r in rows:
-        print(
-            f"{r['name']:18} {r['published_seconds']:>10} {r['ours_seconds']:>10} {r['ratio']:>7}x"
-        )
+        figures = [value for key, value in r.items() if key.endswith(("_seconds", "_mib"))]
+        print(f"{r['name']:18} {''.join(f'{v:>10}' for v in figures)} {r['ratio']:>7}x")
 
 
 if __name__ == "__main__":
