@@ -243,20 +243,11 @@ class Fused:
             scale, shift = time.chunk(2, dim=1)
             h = _norm(resnet.norm2, h, scale=scale, shift=shift)
         if resnet.dropout.p > 0:
-            h = self._dropout(resnet.dropout, h)
+            h = resnet.dropout(h)
         if resnet.conv_shortcut is not None:
             x = _conv(resnet.conv_shortcut, x, skip=skip)
         h = _conv(resnet.conv2, h, residual=x)
         return h if resnet.output_scale_factor == 1 else h / resnet.output_scale_factor
-
-    def _dropout(self, layer: Any, h: Tensor) -> Tensor:
-        """Drop of every model what is dropped of the first, as it would be of each alone."""
-        if self.models == 1:
-            return layer(h)
-        import torch
-
-        mask = layer(torch.ones_like(h[: len(h) // self.models]))
-        return h * torch.cat([mask] * self.models)
 
     def _attention(self, attention: Any, x: Tensor) -> Tensor:
         from torch.nn.functional import scaled_dot_product_attention

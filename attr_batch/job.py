@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from attr_batch import __version__, ops
 from attr_batch.coalition import Coalition, Contributor, Roster
-from attr_batch.counterfactual import Counterfactual
+from attr_batch.counterfactual import Counterfactual, Finetuning
 from attr_batch.data import Dataset
 from attr_batch.errors import AttrBatchError, DataError, LedgerConflict, SpecError, StoreError
 from attr_batch.estimators import Entry, Role, Surrogate
@@ -103,8 +103,9 @@ class Evaluation:
         return self.recipe["numerics"]["cohort"]
 
     def joins(self, other: Evaluation) -> bool:
-        """Say whether both can be of one cohort: all but their members is the same."""
-        return {**self.recipe, "members": None} == {**other.recipe, "members": None}
+        """Say whether both can be of one cohort: all but their members and seeds is the same."""
+        own = dict.fromkeys(("members", "seed", "sampling_seed"))
+        return {**self.recipe, **own} == {**other.recipe, **own}
 
     @property
     def title(self) -> str:
@@ -238,10 +239,11 @@ class Job:
         if self.spec.resources.cohort == 1:
             return
         from attr_batch.fused import supported
+        from attr_batch.training import drops
 
         module = self.spec.model.build(self.card.channels, self.card.size, 0)
-        if not supported(module):
-            what = "only plain UNet2DModels can be trained several at once, and this is none"
+        if not supported(module) or drops(module):
+            what = "only plain UNet2DModels without dropout can be trained several at once"
             raise SpecError(what, "resources.cohort", "leave it at 1")
 
     def _check_roster(self) -> None:
@@ -249,7 +251,7 @@ class Job:
             raise SpecError("one contributor: there is nothing to share out", "data")
 
     def _check_joins(self) -> None:
-        if self.spec.resources.cohort > 1 and not self.spec.counterfactual.joins:
+        if self.spec.resources.cohort > 1 and not isinstance(self.spec.counterfactual, Finetuning):
             what = f"models of {self.spec.counterfactual.kind} are made one at a time"
             raise SpecError(what, "resources.cohort", "leave it at 1, or fine-tune")
 
@@ -499,7 +501,11 @@ class Job:
         self, coalition: Coalition, replicate: int, subject: Subject, study: Study
     ) -> dict[str, Any]:
         """Return everything that decides a model's samples; its digest is the run key."""
-        together = subject == "derived" and study.counterfactual.joins and coalition.size > 0
+        together = (
+            subject == "derived"
+            and isinstance(study.counterfactual, Finetuning)
+            and coalition.size > 0
+        )
         recipe: dict[str, Any] = {
             "recipe_version": RECIPE_VERSION,
             "subject": subject,

@@ -11,8 +11,9 @@ given time is proportional to (a + b / N)(t + N u), least at
 (two-stage sampling: Cochran, Sampling Techniques, 1977, section 10.6). The number of images is part
 of the recipe, because entropy and inception score depend on it: choose it once.
 
-A GPU is not filled by one pruned model. There cohorts are tried too, each on whole coalitions: of
-2, 4, ... while the memory holds them and a coalition takes less time.
+One pruned model neither fills a GPU nor outweighs, if it is small, the Python around it. So cohorts
+are tried too, each on whole coalitions: of 2, 4, ... while the memory holds them and a coalition
+takes less time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from attr_batch.counterfactual import Finetuning
 from attr_batch.errors import AttrBatchError, SpecError
 from attr_batch.job import Evaluation, Job
 from attr_batch.log import Upkeep, say
@@ -46,16 +48,16 @@ def pilot(job: Job) -> dict[str, Any]:
     if images < FEWEST_IMAGES:
         hint = f"--set sampling.images={FEWEST_IMAGES} or more: a pilot looks at parts of them"
         raise SpecError(f"{images} images are too few for a pilot", "sampling.images", hint)
+    written_down, job = job, job.in_cohorts(1)
     chosen = [e for e in job.plan if e.subject == "derived" and e.entry.role == "design"]
     if len(chosen) < COALITIONS:
         hint = f"a pilot evaluates {COALITIONS} coalitions: raise estimator.budget"
         raise SpecError(f"the plan has {len(chosen)} coalitions", "estimator.budget", hint)
-    job = job.in_cohorts(1)
     if job.numerics["device"] == "cpu":
         import torch
 
         torch.set_num_threads(1)  # as in a worker process
-    job.write_down()
+    written_down.write_down()
     lab = Laboratory(job)
     Worker(lab, 0, 1, "pilot").prepare(prepares=True)
     runs = []
@@ -67,7 +69,7 @@ def pilot(job: Job) -> dict[str, Any]:
     u = float(np.median([run["sample"] for run in flat])) / images
     properties = [_advise(p.name, runs, images, t, u) for p in job.spec.properties]
     cohorts = [{"cohort": 1, "seconds": t + u * images}]
-    if job.numerics["device"] == "cuda":
+    if isinstance(job.spec.counterfactual, Finetuning):
         cohorts = try_cohorts(job, t + u * images)
     return {
         "images": images,

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from attr_batch import __version__, outlook, results
+from attr_batch.counterfactual import Finetuning
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError, StoreError
 from attr_batch.estimators.surrogate import DataStatistics
 from attr_batch.facts import Agenda
@@ -41,6 +42,7 @@ from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
 from attr_batch.spec import JobSpec
 from attr_batch.store import explained
+from attr_batch.training import Unseeded
 
 POLL_SECONDS = 0.25
 WATCH_SECONDS = 1.0  # at least, between two looks of the parent at how far everything is
@@ -79,6 +81,14 @@ class Drawn:
     seconds: dict[str, float]
 
 
+def filled(cohort: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return as many evaluations as a cohort has places, the last one repeated.
+
+    The number of places decides bits; who is in the others does not.
+    """
+    return [*cohort, *[cohort[-1]] * (cohort[0].cohort - len(cohort))]
+
+
 def draw_together(cohort: Sequence[Evaluation], lab: Laboratory, upkeep: Upkeep) -> list[Drawn]:
     """Make the models of a cohort, one as a rule, and draw the samples of each.
 
@@ -88,8 +98,7 @@ def draw_together(cohort: Sequence[Evaluation], lab: Laboratory, upkeep: Upkeep)
         started = time.perf_counter()
         model = lab.model(cohort, upkeep)  # the counterfactual: k steps on each coalition's data
         trained = time.perf_counter()
-        seed = cohort[0].recipe["sampling_seed"]  # the same initial noise for every coalition
-        samples = lab.draw(model, seed, upkeep)
+        samples = lab.draw(model, cohort, upkeep)
         drawn = time.perf_counter()
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's
@@ -212,7 +221,8 @@ class Laboratory:
     @cached_property
     def generated(self) -> np.ndarray:
         """Samples of the trained model, as the plan's own reference draws them."""
-        return self.draw(self.base.reference("trained"), self.job.sampling_seed(), Upkeep())
+        (trained,) = (e for e in self.job.plan if e.subject == "trained")
+        return self.draw(self.base.reference("trained"), [trained], Upkeep())
 
     def material(self, prop: Property, upkeep: Upkeep) -> Any:
         """Return what baselines see: the data, the trained model and what it draws."""
@@ -237,41 +247,40 @@ class Laboratory:
     def model(self, cohort: Sequence[Evaluation], upkeep: Upkeep) -> Any:
         """Return the evaluation's model, ready to sample from. Diverged if training did.
 
-        Evaluations that join each other give a cohort's models, as many as `Evaluation.cohort`
-        says: their number decides bits, so where fewer are left the last one fills the others'
-        places.
+        Evaluations that join each other give a cohort's models, as many as it has places.
         """
         first = cohort[0]
         if first.subject != "derived":
             return self.base.reference(first.subject, first.recipe.get("seed"))
         counterfactual, dataset = first.study.counterfactual, self.job.dataset
-        others = first.entry.coalition.complement()
+        checkpoint = self.ledger.work(self.checkpoint_name(cohort))
+        run: Unseeded = {"checkpoint": checkpoint, "upkeep": upkeep, "device": self.device}
+        if first.cohort > 1 and isinstance(counterfactual, Finetuning):
+            images = [dataset.subset(e.entry.coalition).images for e in filled(cohort)]
+            seeds = [e.recipe["seed"] for e in filled(cohort)]
+            with _divergence():
+                return counterfactual.derive_cohort(self.base, images, seeds, **run)
+        coalition, seed = first.entry.coalition, first.recipe["seed"]
+        others = coalition.complement()
         removed = dataset.subset(others).images if counterfactual.unlearns else None
-        each: Any = [dataset.subset(e.entry.coalition).images for e in cohort]
-        each += each[-1:] * (first.cohort - len(cohort))
         with _divergence():
             return counterfactual.derive(
-                self.base,
-                each if first.cohort > 1 else each[0],
-                removed,
-                seed=first.recipe["seed"],
-                checkpoint=self.ledger.work(self.checkpoint_name(cohort)),
-                upkeep=upkeep,
-                device=self.device,
+                self.base, dataset.subset(coalition).images, removed, seed=seed, **run
             )
 
-    def draw(self, model: Any, seed: int, upkeep: Upkeep) -> np.ndarray:
-        """Return uint8 samples (images, channels, size, size) from the initial noise of `seed`.
+    def draw(self, model: Any, cohort: Sequence[Evaluation], upkeep: Upkeep) -> np.ndarray:
+        """Return uint8 samples (images, channels, size, size), or (K, ...) of a cohort's K models.
 
-        Of a cohort's K models (K, images, ...). Diverged if they are not finite.
+        All of the plan begin with the same noise. Diverged if one is not finite.
         """
         card = self.job.card
+        seeds = [e.recipe["sampling_seed"] for e in filled(cohort)]
         with _divergence():
             return self.spec.sampling.draw(
                 model,
                 self.base.schedule,
                 (card.channels, card.size, card.size),
-                seed,
+                seeds,
                 device=self.device,
                 upkeep=upkeep,
             )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,15 +64,15 @@ class Sampling(Part):
         model: torch.nn.Module,
         schedule: NoiseSchedule,
         shape: tuple[int, int, int],
-        seed: int,
+        seed: int | Sequence[int],
         *,
         upkeep: log.Upkeep | None = None,
         device: str = "cpu",
     ) -> np.ndarray:
         """Draw `images` samples of `shape` (channels, size, size): uint8 (images, c, h, w).
 
-        A cohort of K models (`fused.stack`) gives (K, images, c, h, w), every model's samples from
-        the same noise.
+        A cohort of K models (`fused.stack`) gives (K, images, c, h, w), each model's samples from
+        the noise of its own of K seeds, or all from that of one.
 
         Raises:
             NumericsError: a sample is not finite.
@@ -89,6 +89,9 @@ class Sampling(Part):
         fused = fuse(model)
         network = Replayed(lambda x, t: fused(x, t, return_dict=False)[0], device)
         dtype, models = next(model.parameters()).dtype, cohort_size(model)
+        seeds = [seed] * models if isinstance(seed, int) else list(seed)
+        if len(seeds) != models:
+            raise ValueError(f"{models} models, {len(seeds)} seeds")
         table = [torch.tensor(s.coefficients, dtype=torch.float32, device=device) for s in steps]
         drawn = []
 
@@ -98,10 +101,10 @@ class Sampling(Part):
 
         for start in range(0, self.images, self.batch):
             stop = min(start + self.batch, self.images)
-            ids = torch.arange(start, stop, device=device).repeat(models)
+            ids = torch.arange(start, stop, device=device)
             with torch.inference_mode():
                 on_step = functools.partial(pause, start)
-                x0 = _integrate(network, dtype, steps, table, ids, shape, seed, self.clip, on_step)
+                x0 = _integrate(network, dtype, steps, table, ids, shape, seeds, self.clip, on_step)
             x0 = x0.view(models, -1, *shape)
             drawn.append(_to_uint8(x0).cpu().numpy())
             pause(stop)
@@ -198,22 +201,27 @@ def _integrate(
     table: list[torch.Tensor],
     ids: torch.Tensor,
     shape: tuple[int, int, int],
-    seed: int,
+    seeds: Sequence[int],
     clip: float | None,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Return the samples with these ids: float32 (B, c, h, w); call `on_step` after every step."""
+    """Return each seed's samples with these ids: float32 (K B, c, h, w), a model's together.
+
+    `on_step` is called after every step.
+    """
     import torch
 
     from attr_batch import ops
 
     bound = math.inf if clip is None else clip
-    x = ops.counter_normal(ids, math.prod(shape), seed, 0).view(-1, *shape)
+    noise = {seed: ops.counter_normal(ids, math.prod(shape), seed, 0) for seed in seeds}
+    x = torch.cat([noise[seed] for seed in seeds]).view(-1, *shape)
+    ids = ids.repeat(len(seeds))
     earlier: list[torch.Tensor] = []
     for i, (step, k) in enumerate(zip(steps, table, strict=True), start=1):
         t = torch.full((len(ids),), step.t, device=x.device)
         answer = network(x.to(dtype), t)
-        x, x0 = ops.solver_step(x, answer, earlier, k, ids, seed, i, bound)
+        x, x0 = ops.solver_step(x, answer, earlier, k, ids, seeds[0], i, bound)  # adds no noise
         earlier = [x0, *earlier][:MAX_HISTORY]
         on_step()
     return x

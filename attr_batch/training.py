@@ -53,16 +53,21 @@ class TrainResult:
     steps: int
 
 
-class Run(TypedDict, total=False):
-    """How a training is run: of these the seed alone changes what comes of it.
+class Unseeded(TypedDict, total=False):
+    """How a training is run, which changes nothing of what comes of it.
 
     `device` is where the model is.
     """
 
-    seed: Required[int]
     checkpoint: Path | None
     upkeep: log.Upkeep | None
     device: str
+
+
+class Run(Unseeded):
+    """How a training is run: of these the seed alone changes what comes of it."""
+
+    seed: Required[int]
 
 
 class Ema:
@@ -129,7 +134,7 @@ def batch_indices(seed: int, count: int, start: int, batch: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@functools.lru_cache(maxsize=2)  # the epoch at hand and, where a batch straddles two, the next
+@functools.lru_cache(maxsize=128)  # of each model the epoch at hand and perhaps the next
 def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(derive_seed("order", seed, epoch)).permutation(count)
 
@@ -156,7 +161,8 @@ def _dropout_stream(seed: int, step: int, device: str) -> Iterator[None]:
         yield
 
 
-def _drops(model: torch.nn.Module) -> bool:
+def drops(model: torch.nn.Module) -> bool:
+    """Say whether the model drops anything in training."""
     from torch.nn.modules.dropout import _DropoutNd
 
     return any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in model.modules())
@@ -182,7 +188,7 @@ def train(
     schedule: NoiseSchedule,
     training: Training,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     ema: Ema | None = None,
     checkpoint: Path | None = None,
     upkeep: log.Upkeep | None = None,
@@ -190,8 +196,8 @@ def train(
 ) -> TrainResult:
     """Train `model` in place on uint8 `images` (count, channels, size, size).
 
-    A cohort of K models (`fused.stack`) takes K arrays of images: each model learns from its own as
-    if it were alone, with the same noise and times, and the result's loss is their mean.
+    A cohort of K models (`fused.stack`) takes K arrays of images and K seeds, or one for all: each
+    model learns from its own as if it were alone, and the result's loss is their mean.
 
     Only weights that require a gradient are trained. Resumes from `checkpoint` where it exists; the
     caller deletes it when the result is safe.
@@ -220,12 +226,14 @@ def train(
         capturable=on_gpu,
     )
     parts = [images] if isinstance(images, np.ndarray) else list(images)
-    if len(parts) != cohort_size(model) or not all(map(len, parts)):
+    seeds = [seed] * len(parts) if isinstance(seed, int) else list(seed)
+    if not len(seeds) == len(parts) == cohort_size(model) or not all(map(len, parts)):
         counts = ", ".join(str(len(part)) for part in parts)
-        raise ValueError(f"{cohort_size(model)} models, and arrays of {counts} images for them")
+        what = f"{cohort_size(model)} models, and arrays of {counts} images for them"
+        raise ValueError(f"{what}, {len(seeds)} seeds")
     data = [torch.tensor(part, device=device) for part in parts]  # copies: may be read-only views
-    slots = torch.arange(training.batch, device=device).repeat(len(parts))
-    noise_seed = derive_seed("noise", seed)
+    slots = torch.arange(training.batch, device=device)
+    elements = parts[0][0].size
 
     # Resume.
     start, running = 0, torch.zeros((), device=device)
@@ -235,7 +243,7 @@ def train(
             "ema": None if ema is None else [ema.kind, ema.i],
             "schedule": schedule.recipe(),
             "training": training.recipe(),
-            "seed": seed,
+            "seed": seed if isinstance(seed, int) else seeds,
         }
         saved = Checkpoint(checkpoint, model, parts, how)
         state = saved.read()
@@ -249,7 +257,9 @@ def train(
         worker = to_bfloat16(model)
     network = fuse(worker)
     worker_parameters = list(_trained(worker).values())
-    drops = _drops(worker)
+    dropping = drops(worker)
+    if dropping and len(parts) > 1:
+        raise ValueError("dropout would differ with a model's place in the cohort")
 
     def step_once(x_t: torch.Tensor, t: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Take one step of the optimizer; return the mean loss. On a GPU it becomes a graph."""
@@ -270,12 +280,13 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    take_step = step_once if drops else Replayed(step_once, device)
+    take_step = step_once if dropping else Replayed(step_once, device)
     figures: dict[str, float] = {}  # as of the last tick: reading the loss waits for the GPU
     for step in range(start, training.steps):
         # Draw images, noise and times, and below dropout: functions of (seed, step).
         chosen = [
-            batch_indices(seed, len(part), step * training.batch, training.batch) for part in parts
+            batch_indices(own, len(part), step * training.batch, training.batch)
+            for part, own in zip(parts, seeds, strict=True)
         ]
         x0 = torch.cat(
             [
@@ -283,9 +294,13 @@ def train(
                 for part, rows in zip(data, chosen, strict=True)
             ]
         )
-        noise = ops.counter_normal(slots, x0[0].numel(), noise_seed, step).view(x0.shape)
-        times = stratified_times(seed, step, training.batch, schedule.timesteps)
-        t = torch.from_numpy(times).to(device).repeat(len(parts))
+        noises = {
+            own: ops.counter_normal(slots, elements, derive_seed("noise", own), step)
+            for own in seeds
+        }
+        noise = torch.cat([noises[own] for own in seeds]).view(x0.shape)
+        times = [stratified_times(s, step, training.batch, schedule.timesteps) for s in seeds]
+        t = torch.from_numpy(np.concatenate(times)).to(device)
 
         # Denoising loss, its gradient, and the step.
         for group in optimizer.param_groups:
@@ -294,7 +309,7 @@ def train(
             else:
                 group["lr"] = training.rate(step)
         x_t = schedule.add_noise(x0, noise, t).to(worker_parameters[0].dtype)
-        with _dropout_stream(seed, step, device) if drops else contextlib.nullcontext():
+        with _dropout_stream(seeds[0], step, device) if dropping else contextlib.nullcontext():
             loss = take_step(x_t, t, schedule.target(x0, noise, t))
         if ema is not None:
             ema.update(parameters)

@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a shortened job: that it runs")
     arguments = parser.parse_args()
     settings = ["estimator.budget=30", "estimator.holdout=0", "tracking.enabled=false"]
+    settings += ["resources.cohort=1"]
     if arguments.quick:
         settings += ["model.training.steps=20", "pruning.recovery.steps=10"]
         settings += ["counterfactual.steps=3", "sampling.images=32"]

@@ -277,10 +277,22 @@ def pipeline() -> str:
             f"{row['published_seconds']:.3g}",
             f"{row['ours_seconds']:.3g}",
             f"{row['ratio']:.3g}x",
+            f"{row['bf16_seconds']:.3g}" if "bf16_seconds" in row else "",
         ]
         for row in result("pipeline")["rows"]
+        if "ours_seconds" in row
     ]
-    return table(["", "published, s", "ours, s", "ratio"], rows)
+    return table(["", "published, s", "ours, s", "ratio", "ours in bf16, s"], rows)
+
+
+def memory() -> str:
+    """What a coalition takes of memory at its worst, as published and ours."""
+    rows = [
+        [row["name"], str(row["published_mib"]), str(row["ours_mib"]), f"{row['ratio']:.2f}x"]
+        for row in result("pipeline")["rows"]
+        if "ours_mib" in row
+    ]
+    return table(["", "published, MiB", "ours, MiB", "ratio"], rows)
 
 
 def levers() -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from conftest import TINY, work_through
 from attr_batch import log, outlook, pilot, results, runner, training
 from attr_batch.counterfactual import SparsifiedFinetune
 from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
-from attr_batch.job import Evaluation, Job
+from attr_batch.job import Evaluation, Job, Study
 from attr_batch.runner import Laboratory, Worker
 
 KEPT = {**TINY["sampling"], "keep": "all"}
@@ -40,13 +40,14 @@ def together(tiny) -> Callable[..., Job]:
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     """How many coalitions were trained at once, in order."""
-    found, derive = [], SparsifiedFinetune.derive
+    found, derive = [], SparsifiedFinetune.derive_cohort
 
-    def noted(self, base, images, *arguments, **run):
-        found.append(0 if isinstance(images, np.ndarray) else len({id(i) for i in images}))
-        return derive(self, base, images, *arguments, **run)
+    def noted(self, base, images, seeds, **run):
+        coalitions = zip(map(np.ndarray.tobytes, images), seeds, strict=True)
+        found.append(len(set(coalitions)))
+        return derive(self, base, images, seeds, **run)
 
-    monkeypatch.setattr(SparsifiedFinetune, "derive", noted)
+    monkeypatch.setattr(SparsifiedFinetune, "derive_cohort", noted)
     return found
 
 
@@ -77,10 +78,10 @@ def test_they_give_what_each_gives_alone(done):
 def test_three_are_trained_at_once_and_places_left_are_filled(together, sizes):
     job = together()
     work_through(job)
-    by_replicate = Counter(e.entry.replicate for e in in_cohorts(job))
-    wanted = [min(3, n - at) for n in by_replicate.values() for at in range(0, n, 3)]
-    assert sorted(size for size in sizes if size) == sorted(wanted)
-    assert 0 < min(wanted) < 3
+    full, left = divmod(len(in_cohorts(job)), 3)
+    assert sizes == [3] * full + [left] * (left > 0)
+    assert left > 0
+    assert len({e.entry.replicate for e in in_cohorts(job)[:3]}) > 1
     assert not list(job.ledger.store.path("work/runs").iterdir())
     assert job.ledger.heartbeats() == []
 
@@ -125,6 +126,24 @@ def test_a_stopped_cohort_goes_on(done, together, monkeypatch, phase):
     assert attribution(job) == attribution(done)
 
 
+def test_a_study_of_other_seeds_is_evaluated_in_cohorts_too(together, sizes):
+    """Its samples begin with noise of their own, and they are those of every cohort."""
+    plan = together()
+    entries = [replace(e.entry, replicate=1 + k) for k, e in enumerate(in_cohorts(plan)[4:7])]
+    study = Study("other", tuple(entries), plan.spec.counterfactual, streams="other")
+    job = Job(plan.spec, [study])
+    first, *others = job.studied
+    assert len({e.recipe["sampling_seed"] for e in job.studied}) == 3
+    assert all(e.joins(first) for e in others)
+    lab = Laboratory(job)
+    Worker(lab, 0, 1, "s").prepare(prepares=True)
+    drawn = runner.draw_together(job.studied, lab, log.Upkeep())
+    alone = runner.draw_together(others[:1], lab, log.Upkeep())[0]
+    assert sizes == [3, 1]
+    assert np.array_equal(drawn[1].samples, alone.samples)
+    assert not np.array_equal(drawn[0].samples, alone.samples)
+
+
 def test_a_checkpoint_of_a_finished_cohort_is_not_needed(done, tmp_path):
     first, second = in_cohorts(done)[:2]
     path = done.ledger.work(Laboratory(done).checkpoint_name([first, second]))
@@ -135,26 +154,20 @@ def test_a_checkpoint_of_a_finished_cohort_is_not_needed(done, tmp_path):
 
 def test_a_model_that_diverges_leaves_the_others_their_values(done, together, monkeypatch):
     bad = in_cohorts(done)[1]
-    derive, images = SparsifiedFinetune.derive, len(done.dataset.subset(bad.entry.coalition).images)
+    derive, images = SparsifiedFinetune.derive_cohort, done.dataset.subset(bad.entry.coalition)
 
-    def diverging(self, base, each, *arguments, **run):
-        first_seed = run["seed"] == bad.recipe["seed"]
-        if first_seed and any(len(part) == images for part in each):
+    def diverging(self, base, each, seeds, **run):
+        own = zip(each, seeds, strict=True)
+        if any(np.array_equal(i, images.images) and s == bad.recipe["seed"] for i, s in own):
             raise NumericsError("the training loss became nan")
-        return derive(self, base, each, *arguments, **run)
+        return derive(self, base, each, seeds, **run)
 
-    monkeypatch.setattr(SparsifiedFinetune, "derive", diverging)
+    monkeypatch.setattr(SparsifiedFinetune, "derive_cohort", diverging)
     job = together()
     work_through(job)
     replaced = [e for e in job.plan if job.settled(e).key != e.key]
-    same_size = [
-        e
-        for e in in_cohorts(job)
-        if len(job.dataset.subset(e.entry.coalition).images) == images
-        and e.recipe["seed"] == bad.recipe["seed"]
-    ]
-    assert replaced == same_size
-    assert all(job.settled(e).cohort == 3 for e in replaced)
+    assert replaced == [job.plan[done.plan.index(bad)]]
+    assert job.settled(replaced[0]).cohort == 3
     for evaluation in in_cohorts(job):
         if evaluation not in replaced:
             name = job.ledger.samples_name(evaluation.key)
@@ -184,6 +197,12 @@ def test_what_cannot_be_in_a_cohort_is_refused_before_work(together):
     job = together()
     job.check()
     job.check_numbers()
+
+
+def test_a_network_with_dropout_is_refused(together):
+    job = together(model={**TINY["model"], "dropout": 0.1})
+    with pytest.raises(SpecError, match="without dropout"):
+        job.check_numbers()
 
 
 def test_a_network_that_only_diffusers_walks_is_refused(together, monkeypatch):

@@ -36,7 +36,7 @@ def ours(solver, count, schedule, clip=None, model=NET, ids=None):
         def network(x, t):
             return model(x, t, return_dict=False)[0]
 
-        return _integrate(network, torch.float32, steps, table, ids, SHAPE, 7, clip)
+        return _integrate(network, torch.float32, steps, table, ids, SHAPE, [7], clip)
 
 
 def theirs(solver, count, schedule, model=NET, **options):
@@ -212,13 +212,15 @@ def test_what_is_kept_is_no_part_of_the_recipe():
     assert Sampling(steps=13).recipe() != Sampling().recipe()
 
 
-def test_a_cohort_draws_what_its_models_draw():
+@pytest.mark.parametrize("seeds", [(5, 5, 5), (5, 6, 5)])
+def test_a_cohort_draws_what_its_models_draw(seeds):
     models = [UNet(block_out_channels=(8, 16)).build(1, 8, seed) for seed in (0, 1, 2)]
     sampling = Sampling(steps=3, images=10, batch=4)
-    together = sampling.draw(stack(models), NoiseSchedule(), SHAPE, 5)
+    together = sampling.draw(stack(models), NoiseSchedule(), SHAPE, seeds)
     assert together.shape == (3, 10, *SHAPE)
     for k, model in enumerate(models):
-        alone = sampling.draw(model, NoiseSchedule(), SHAPE, 5)
-        assert (
-            np.abs(together[k].astype(int) - alone).max() <= 1
-        )  # convolutions differ in last bits
+        alone = sampling.draw(model, NoiseSchedule(), SHAPE, seeds[k])
+        apart = np.abs(together[k].astype(int) - alone)
+        assert apart.max() <= 1  # convolutions differ in last bits
+    with pytest.raises(ValueError, match="3 models, 2 seeds"):
+        sampling.draw(stack(models), NoiseSchedule(), SHAPE, [5, 6])

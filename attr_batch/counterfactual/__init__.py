@@ -4,8 +4,8 @@ Two families. Those of `learning` train on the coalition's images: the paper's s
 fine-tuning (Eq. 6), fine-tuning the dense model, LoRA, and retraining, the definition itself and
 the most expensive. Those of `unlearning` take the others' images out of the trained model: gradient
 ascent and influence unlearning. A further method is one more class with `kind`, `start`,
-`unlearns`, `joins` (whether several can be derived at once), `check` and `derive`, and one more
-name in the union `Counterfactual`.
+`unlearns`, `check` and `derive`, and one more name in the union `Counterfactual`. `Finetuning`
+also derives a cohort's models at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from attr_batch.counterfactual.learning import Finetune, Lora, Retrain, SparsifiedFinetune
+from attr_batch.counterfactual.learning import (
+    Finetune,
+    Finetuning,
+    Lora,
+    Retrain,
+    SparsifiedFinetune,
+)
 from attr_batch.counterfactual.prepared import (
     Base,
     Start,
@@ -29,6 +35,7 @@ __all__ = [
     "Base",
     "Counterfactual",
     "Finetune",
+    "Finetuning",
     "GradientAscent",
     "InfluenceUnlearning",
     "Lora",

@@ -18,7 +18,7 @@ from attr_batch.errors import SpecError
 from attr_batch.fused import stack
 from attr_batch.models import Model, NoiseSchedule, Training
 from attr_batch.recipe import Part, derive_seed
-from attr_batch.training import Ema, Run, train
+from attr_batch.training import Ema, Run, Unseeded, train
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,11 @@ class Brief(Training):
         """Raise SpecError, about the spec's path `where`, if this cannot be done: never."""
 
 
-class _Finetuning(Brief):
+class Finetuning(Brief):
     """k = `steps` of training on the coalition's images, from trained weights."""
 
     start: ClassVar[Start]
     unlearns: ClassVar[bool] = False
-    joins: ClassVar[bool] = True
 
     ema: Literal["restarted", "raw", "continued"] = Field(
         default="restarted",
@@ -51,33 +50,48 @@ class _Finetuning(Brief):
     def derive(
         self,
         base: Base,
-        images: np.ndarray | Sequence[np.ndarray],
+        images: np.ndarray,
         removed: np.ndarray | None = None,  # noqa: ARG002
         **run: Unpack[Run],
     ) -> torch.nn.Module:
         """Return the model of the coalition whose uint8 images these are, ready to sample from.
 
-        Without images it is the untrained network. K arrays of images, each with some, give a
-        cohort's models (`fused.stack`). Errors are those of `training.train`.
+        Without images it is the untrained network. Errors are those of `training.train`.
         """
         if len(images) == 0:
             return base.fresh(self.start, run["seed"])
         module = base.module(self.start)
-        if not isinstance(images, np.ndarray):
-            module = stack([module] * len(images))
-        continued = self.ema == "continued"
-        ema = base.long_ema(self.start, module) if continued else _short_ema(self.ema, module)
-        return _learn(module, images, base.schedule, self, ema, **run)
+        return _learn(module, images, base.schedule, self, self._average(base, module), **run)
+
+    def derive_cohort(
+        self,
+        base: Base,
+        images: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        **run: Unpack[Unseeded],
+    ) -> torch.nn.Module:
+        """Return the models of K coalitions as one (`fused.stack`); each has images and a seed."""
+        cohort = stack([base.module(self.start)] * len(images))
+        ema = self._average(base, cohort)
+        train(cohort, images, base.schedule, self, seed=seeds, ema=ema, **run)
+        if ema is not None:
+            ema.copy_to(cohort)
+        return cohort
+
+    def _average(self, base: Base, module: torch.nn.Module) -> Ema | None:
+        if self.ema == "continued":
+            return base.long_ema(self.start, module)
+        return _short_ema(self.ema, module)
 
 
-class SparsifiedFinetune(_Finetuning):
+class SparsifiedFinetune(Finetuning):
     """Fine-tune the pruned model on the coalition's images: the paper's method."""
 
     start = "pruned"
     kind: Literal["sparsified_finetune"] = "sparsified_finetune"
 
 
-class Finetune(_Finetuning):
+class Finetune(Finetuning):
     """Fine-tune the dense model on the coalition's images."""
 
     start = "dense"
@@ -98,7 +112,6 @@ class Lora(Brief):
     """
 
     unlearns: ClassVar[bool] = False
-    joins: ClassVar[bool] = False
 
     kind: Literal["lora"] = "lora"
     base: Literal["dense", "pruned"] = Field(default="dense", description="What gets adapters.")
@@ -152,7 +165,6 @@ class Retrain(Part):
 
     start: ClassVar[Start] = "fresh"
     unlearns: ClassVar[bool] = False
-    joins: ClassVar[bool] = False
 
     kind: Literal["retrain"] = "retrain"
     training: Training | None = None
@@ -196,7 +208,7 @@ def _short_ema(ema: str, module: torch.nn.Module) -> Ema | None:
 
 def _learn(
     module: Any,
-    images: np.ndarray | Sequence[np.ndarray],
+    images: np.ndarray,
     schedule: NoiseSchedule,
     training: Training,
     ema: Ema | None,

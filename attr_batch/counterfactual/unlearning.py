@@ -37,7 +37,6 @@ class GradientAscent(Brief):
     """
 
     unlearns: ClassVar[bool] = True
-    joins: ClassVar[bool] = False
     ascends: ClassVar[bool] = True
 
     kind: Literal["gradient_ascent"] = "gradient_ascent"
@@ -85,7 +84,6 @@ class InfluenceUnlearning(Part):
     """
 
     unlearns: ClassVar[bool] = True
-    joins: ClassVar[bool] = False
 
     kind: Literal["influence_unlearning"] = "influence_unlearning"
     base: Literal["dense", "pruned"] = Field(default="dense", description="What unlearns.")
