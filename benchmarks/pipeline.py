@@ -10,7 +10,7 @@ median of at least 5 repetitions at a batch of 8; `forward` is one pass of such 
 inductor compiles it (the ratio is eager's); `coalition` is k steps and N images of the paper's
 CIFAR-20 (k 1,000, N 10,240) on those medians; `answer` multiplies by what our estimator saves for
 an equal error, as benchmarks/results/estimators.json has it. `bf16` is ours with `precision: bf16`
-in training and sampling. `memory` is what a coalition takes at its worst beyond the base model, in
+in training and sampling, `cohort` four coalitions at once, a coalition's share. `memory` is what a coalition takes at its worst beyond the base model, in
 a process of its own a side. `--quick` measures the small shape.
 """
 
@@ -36,13 +36,14 @@ from measure import envelope, interleaved, medians, significant
 
 from attr_batch import log, ops
 from attr_batch.counterfactual import SparsifiedFinetune
-from attr_batch.fused import fuse
+from attr_batch.fused import fuse, stack
 from attr_batch.models import NoiseSchedule, UNet
 from attr_batch.pruning import Magnitude
 from attr_batch.sampling import Sampling
 from attr_batch.training import Ema, train
 
 CHANNELS, SIZE, BATCH, RATIO = 3, 32, 8, 0.5
+COHORT = 4
 K, IMAGES = 1000, 10_240  # the paper's CIFAR-20
 SHAPES = {
     "small": UNet(block_out_channels=(32, 64, 64), norm_num_groups=8),
@@ -114,22 +115,28 @@ class Ours:
     """A coalition as a job computes it, by the same functions."""
 
     def __init__(
-        self, module: torch.nn.Module, images: np.ndarray, precision: Literal["fp32", "bf16"]
+        self,
+        module: torch.nn.Module,
+        images: np.ndarray,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        models: int = 1,
     ) -> None:
-        self.module, self.images = copy.deepcopy(module), images
+        self.models = models
+        self.module = copy.deepcopy(module) if models == 1 else stack([module] * models)
+        self.images = images if models == 1 else [images] * models
         self.training = SparsifiedFinetune(
             steps=1_000_000, batch=BATCH, learning_rate=1e-4, precision=precision
         )
         self.sampling = SAMPLING.model_copy(update={"precision": precision})
 
     def steps(self, count: int) -> list[float]:
-        """Take steps and return the seconds of each but the first."""
+        """Take steps and return the seconds of each but the first, a model's share."""
         ticks: list[float] = []
 
         training = self.training.model_copy(update={"steps": 1 + count})
         ema = Ema(self.module, "short")
         train(self.module, self.images, SCHEDULE, training, seed=1, ema=ema, upkeep=Watch(ticks))
-        return list(np.diff(ticks))
+        return list(np.diff(ticks) / self.models)
 
     def sample(self) -> np.ndarray:
         """Draw one batch of samples."""
@@ -148,28 +155,33 @@ def subject(name: str) -> tuple[torch.nn.Module, np.ndarray, tuple[int, int]]:
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     """Return the rows of one shape."""
     module, images, macs = subject(name)
-    published, ours = Published(module, images), Ours(module, images, "fp32")
-    halved = Ours(module, images, "bf16")
+    published = Published(module, images)
+    ours = {
+        "ours": Ours(module, images),
+        "bf16": Ours(module, images, "bf16"),
+        "cohort": Ours(module, images, models=COHORT),
+    }
 
     # A step: ours is taken from inside the training loop, which several steps share.
     published.step()
-    steps: dict[str, list[float]] = {"published": [], "ours": [], "bf16": []}
+    steps: dict[str, list[float]] = {"published": [], **{side: [] for side in ours}}
     for _ in range(rounds):
         for _ in range(2):
             started = time.perf_counter()
             published.step()
             steps["published"].append(time.perf_counter() - started)
-        steps["ours"] += ours.steps(2)
-        steps["bf16"] += halved.steps(2)
+        for side, it in ours.items():
+            steps[side] += it.steps(2)
     step = {side: statistics.median(s) for side, s in steps.items()}
 
     # An image.
-    sides: dict[str, Callable[[], object]] = {
-        "published": published.sample,
-        "ours": ours.sample,
-        "bf16": halved.sample,
+    sides: dict[str, Callable[[], object]] = {"published": published.sample}
+    sides |= {side: it.sample for side, it in ours.items()}
+    drawn = {"published": BATCH, **{side: BATCH * it.models for side, it in ours.items()}}
+    image = {
+        side: statistics.median(seconds) / drawn[side]
+        for side, seconds in interleaved(sides, rounds).items()
     }
-    image = {side: statistics.median(s) / BATCH for side, s in interleaved(sides, rounds).items()}
 
     # A forward pass, beside what inductor makes of diffusers' modules.
     forward = forward_seconds(module, rounds, compiled=name != "small")
@@ -209,7 +221,7 @@ def print_peak(name: str, side: str) -> None:
             published.step()
         published.sample(4)
     else:
-        ours = Ours(module, images, "fp32")
+        ours = Ours(module, images)
         ours.steps(2)
         ours.sample()
     print(_status_mib("VmHWM") - before)
