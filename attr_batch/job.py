@@ -154,7 +154,9 @@ class Job:
     ) -> None:
         self.spec, self.studies, self.others = spec, tuple(studies), tuple(others)
         self.ledger = Ledger(spec.store)
-        self.numerics = numerics(spec.resources.device, spec.resources.cohort)
+        together = isinstance(spec.counterfactual, Finetuning)
+        cohort = spec.resources.cohort if together else 1
+        self.numerics = numerics(spec.resources.device, cohort)
 
     def in_cohorts(self, size: int) -> Job:
         """Return this job with cohorts of another size; it shares all that is made once."""
@@ -202,7 +204,6 @@ class Job:
             lambda: self.spec.model.check(self.card.channels, self.card.size),
             self._check_base,
             lambda: self.spec.counterfactual.check(self.spec.model),
-            self._check_joins,
         ]
         for i, prop in enumerate(self.spec.properties):
             checks.append(partial(self._check_property, prop, f"properties.{i}"))
@@ -236,7 +237,7 @@ class Job:
 
     def check_cohort(self) -> None:
         """Check that several of the job's models can be trained at once, if it says so."""
-        if self.spec.resources.cohort == 1:
+        if self.numerics["cohort"] == 1:
             return
         from attr_batch.fused import supported
         from attr_batch.training import drops
@@ -249,11 +250,6 @@ class Job:
     def _check_roster(self) -> None:
         if len(self.card.roster) < 2:
             raise SpecError("one contributor: there is nothing to share out", "data")
-
-    def _check_joins(self) -> None:
-        if self.spec.resources.cohort > 1 and not isinstance(self.spec.counterfactual, Finetuning):
-            what = f"models of {self.spec.counterfactual.kind} are made one at a time"
-            raise SpecError(what, "resources.cohort", "leave it at 1, or fine-tune")
 
     def _check_continues(self) -> None:
         if self.predecessor is None:

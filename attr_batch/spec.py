@@ -74,8 +74,8 @@ class Resources(Part):
         default=1,
         ge=1,
         le=64,
-        description="Coalitions that a worker fine-tunes and samples at once. More than one pays "
-        "on a GPU alone: `attr-batch pilot` says how many.",
+        description="Coalitions that a worker fine-tunes and samples at once; other kinds of "
+        "counterfactual go one by one. `attr-batch pilot` says how many pay.",
     )
     base_wait: float = Field(
         default=3600.0,

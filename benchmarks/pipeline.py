@@ -10,8 +10,9 @@ median of at least 5 repetitions at a batch of 8; `forward` is one pass of such 
 inductor compiles it (the ratio is eager's); `coalition` is k steps and N images of the paper's
 CIFAR-20 (k 1,000, N 10,240) on those medians; `answer` multiplies by what our estimator saves for
 an equal error, as benchmarks/results/estimators.json has it. `bf16` is ours with `precision: bf16`
-in training and sampling, `cohort` four coalitions at once, a coalition's share. `memory` is what a coalition takes at its worst beyond the base model, in
-a process of its own a side. `--quick` measures the small shape.
+in training and sampling, `cohort` four coalitions at once, a coalition's share. `memory` is what a
+coalition takes at its worst beyond the base model, in a process of its own a side. `--quick`
+measures the small shape.
 """
 
 from __future__ import annotations

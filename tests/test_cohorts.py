@@ -189,12 +189,12 @@ def test_a_gpu_that_is_full_ends_the_run_and_says_what_to_do(together, monkeypat
     assert job.ledger.heartbeats() == []
 
 
-def test_what_cannot_be_in_a_cohort_is_refused_before_work(together):
-    lora = together(counterfactual={"kind": "lora", "steps": 3, "batch": 32})
-    with pytest.raises(SpecError, match="one at a time") as caught:
-        lora.check()
-    assert "resources.cohort" in str(caught.value)
-    job = together()
+@pytest.mark.parametrize("kind", ["lora", "retrain", "gradient_ascent"])
+def test_what_is_not_fine_tuned_goes_one_by_one(together, kind):
+    job = together(counterfactual={"kind": kind})
+    alone = job.in_cohorts(1)
+    assert [e.key for e in job.plan] == [e.key for e in alone.plan]
+    assert job.numerics == alone.numerics
     job.check()
     job.check_numbers()
 
