@@ -4,11 +4,12 @@
 
 The digits job (examples/digits), its coalitions evaluated anew with one lever changed at a time:
 solver and steps, bfloat16 in sampling and in training, our fused forward pass against diffusers'
-own modules. All share seeds, so a lever's effect is a difference of pairs. `shift` is the mean over
-the coalitions of (property with the lever - property of the reference: 100 steps of DDIM, fp32,
-diffusers' modules), `shift_se` its standard error, `noise` the property's own standard error,
-`spread` its standard deviation over the coalitions. `rank` and `moved` compare the Shapley values:
-rank correlation, and the largest |difference| over the half-width of the reference's interval.
+own modules, that in cohorts of four. All share seeds, so a lever's effect is a difference of pairs.
+`shift` is the mean over the coalitions of (property with the lever - property of the reference: 100
+steps of DDIM, fp32, diffusers' modules), `shift_se` its standard error, `noise` the property's own
+standard error, `spread` its standard deviation over the coalitions. `rank` and `moved` compare the
+Shapley values: rank correlation, and the largest |difference| over the half-width of the
+reference's interval.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from attr_batch.estimators.attribution import spearman  # noqa: E402
 from attr_batch.facts import one_thread  # noqa: E402
 from attr_batch.job import Job  # noqa: E402
 from attr_batch.log import Upkeep  # noqa: E402
-from attr_batch.runner import Laboratory, Worker  # noqa: E402
+from attr_batch.runner import Laboratory, Worker, draw_together  # noqa: E402
 from attr_batch.sampling import Sampling  # noqa: E402
 from attr_batch.spec import load  # noqa: E402
 
 REFERENCE = "ddim 100"
+COHORT = 4
 SAMPLINGS: dict[str, dict[str, Any]] = {
     REFERENCE: dict(solver="ddim", steps=100),
     "ddim 20": dict(solver="ddim", steps=20),
@@ -93,6 +95,20 @@ def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
                 model = lab.model([evaluation], Upkeep())
             record(lever, evaluation, model, Sampling(**{**own, **SAMPLINGS["dpmpp 12"]}))
         print(f"{done}/{len(derived)} coalitions", file=sys.stderr, flush=True)
+
+    # Four at once: as `fused`, but for what is trained beside.
+    lab = Laboratory(job.in_cohorts(COHORT))
+    derived = [e for e in lab.job.plan if e.subject == "derived"]
+    joining = [e for e in derived if e.cohort > 1]
+    drawn = {}
+    for at in range(0, len(joining), COHORT):
+        cohort = joining[at : at + COHORT]
+        drawn |= zip((e.key for e in cohort), draw_together(cohort, lab, Upkeep()), strict=True)
+    for evaluation in derived:
+        own = drawn.get(evaluation.key) or draw_together([evaluation], lab, Upkeep())[0]
+        measured = {p.name: p.measure(own.samples, lab.instrument(p)) for p in job.spec.properties}
+        entry = {"entry": evaluation.entry, "measured": measured, "seconds": own.seconds["sample"]}
+        found.setdefault(f"{COHORT} at once", []).append(entry)
     return found
 
 
