@@ -556,7 +556,8 @@ class Worker:
     ) -> list[Evaluation]:
         """Draw for those of a cohort that have no samples yet, and return them.
 
-        A model that is not finite makes the cohort's loss so; then each is left to itself.
+        What fails for one of them (a model that is not finite makes the cohort's loss so) fails for
+        all; then each is left to itself.
         """
 
         def beat(done: int, total: int, figures: dict[str, float]) -> None:
@@ -567,12 +568,13 @@ class Worker:
         undrawn = [e for e in cohort if job.settled(e) is e and ledger.samples(e.key) is None]
         if len(undrawn) < 2:
             return []
-        with (
-            self._upkeep(beat, self.lab.checkpoint_name(undrawn)) as upkeep,
-            contextlib.suppress(Diverged),
-        ):
-            drawn = draw_together(undrawn, self.lab, upkeep)
+        try:
+            with self._upkeep(beat, self.lab.checkpoint_name(undrawn)) as upkeep:
+                drawn = draw_together(undrawn, self.lab, upkeep)
             self.lab.drawn = dict(zip((e.key for e in undrawn), drawn, strict=True))
+        except Exception as error:
+            if isinstance(error, AttrBatchError) and not isinstance(error, NumericsError):
+                raise  # data, ledger or store: no coalition will fare better
         return undrawn
 
     def _evaluate_one(self, evaluation: Evaluation, beat: OnTick) -> None:

@@ -175,6 +175,24 @@ def test_a_model_that_diverges_leaves_the_others_their_values(done, together, mo
     assert outlook.status(job)["evaluations"]["failed"] == 0
 
 
+def test_what_fails_for_one_is_recorded_for_it_alone(together, monkeypatch, capsys):
+    bad = in_cohorts(together())[1]
+    derive = SparsifiedFinetune.derive_cohort
+
+    def failing(self, base, each, seeds, **run):
+        if bad.recipe["seed"] in seeds and any(np.array_equal(i, images) for i in each):
+            raise RuntimeError("the library met a shape it does not know")
+        return derive(self, base, each, seeds, **run)
+
+    monkeypatch.setattr(SparsifiedFinetune, "derive_cohort", failing)
+    job = together()
+    images = job.dataset.subset(bad.entry.coalition).images
+    work_through(job)
+    assert job.ledger.failed() == {bad.key}
+    assert [e.key for e in job.plan if not job.done(e)] == [bad.key]
+    assert "a shape it does not know" in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_full_ends_the_run_and_says_what_to_do(together, monkeypatch):
     import torch
 
