@@ -16,6 +16,7 @@ contributors' training images, a free game that resembles the utilities (`estima
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -24,6 +25,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -386,7 +388,8 @@ class Call(Part):
         self, function: Callable[[np.ndarray], Any], images: np.ndarray
     ) -> float | tuple[float, float]:
         try:
-            found = function(images.copy())
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is the program's answer
+                found = function(images.copy())
         except _THEIRS as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{self.target} raised {type(error).__name__}: {error}"
@@ -406,7 +409,8 @@ class Call(Part):
         module_name, _, function_name = self.target.partition(":")
         self._source(where)
         try:
-            module = importlib.import_module(module_name)
+            with contextlib.redirect_stdout(sys.stderr):
+                module = importlib.import_module(module_name)
         except _THEIRS as error:  # importing runs the user's code
             what = f"{module_name} cannot be imported: {type(error).__name__}: {error}"
             raise SpecError(what, where) from error

@@ -40,6 +40,7 @@ from attr_batch.log import OnTick, Progress, Upkeep, say
 from attr_batch.properties import Property
 from attr_batch.recipe import derive_seed, digest
 from attr_batch.report import grid_png
+from attr_batch.shapes import LARGEST
 from attr_batch.spec import JobSpec
 from attr_batch.store import explained
 from attr_batch.training import Unseeded
@@ -323,8 +324,9 @@ class Laboratory:
         self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
     ) -> None:
         """Publish one utility: it exists when it is done."""
-        if not np.isfinite(measured.value):
-            raise NumericsError(f"{prop.name} is {measured.value}", evaluation.title)
+        if not np.all(np.abs([measured.value, measured.stderr]) <= LARGEST):  # nor if one is NaN
+            what = f"{prop.name} is {measured.value} ± {measured.stderr}"
+            raise NumericsError(what, evaluation.title)
         ledger, entry = self.ledger, evaluation.entry
         prop_digest = self.job.property_digest(prop)
         fact = {

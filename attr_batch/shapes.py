@@ -23,8 +23,8 @@ def _float(value: Any) -> Any:
     return value
 
 
-# Its square and sums of it are still finite.
-Number = Annotated[float, BeforeValidator(_float), Field(ge=-1e100, le=1e100)]
+LARGEST = 1e100  # its square and sums of it are still finite
+Number = Annotated[float, BeforeValidator(_float), Field(ge=-LARGEST, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 

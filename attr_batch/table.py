@@ -20,12 +20,12 @@ from attr_batch.coalition import Coalition
 from attr_batch.errors import DataError, Problem
 from attr_batch.estimators import Entry, Observation, Role
 from attr_batch.estimators.design import check_players
+from attr_batch.shapes import LARGEST
 
 DESIGN_COLUMNS = ("row", "coalition", "pair", "batch", "role")
 _KNOWN = (*DESIGN_COLUMNS, "value", "replicate", "weight")
 _ROLES = ("", "endpoint", "empty", "grand", "design", "repeat", "holdout")
 _FEWEST_COALITIONS = 2
-_LARGEST_VALUE = 1e100  # its square and sums of it are still finite
 _WEIGHTS = (1e-6, 1e6)
 _MOST_BYTES = 1 << 28
 _SHOWN = 20  # problems beyond these are counted
@@ -139,9 +139,9 @@ def _observation(
     coalition = _coalition(cell["coalition"], n, where, problems)
     value = _number("value", cell["value"], where, problems)
     weight = _number("weight", cell.get("weight") or "1", where, problems)
-    if value is not None and abs(value) > _LARGEST_VALUE:
+    if value is not None and abs(value) > LARGEST:
         hint = "measure in a larger unit: every value divided by the same number"
-        problems.append(Problem(f"value {value:g} is beyond {_LARGEST_VALUE:g}", where, hint))
+        problems.append(Problem(f"value {value:g} is beyond {LARGEST:g}", where, hint))
     if weight is not None and not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
         least, most = _WEIGHTS
         hint = "1 is the usual weight, 2 that of a value measured twice as often"

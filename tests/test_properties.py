@@ -214,6 +214,7 @@ def text(images): return "bright"
 def triple(images): return 1, 2, 3
 def leaves(images): raise SystemExit(3)
 def nan(images): return float("nan")
+def talks(images): print("what it has to say"); return 1, 0.5
 def nan_on_parts(images): return 1.0 if len(images) == 40 else float("nan")
 """
 
@@ -242,6 +243,12 @@ def test_call_measures_with_a_grouped_jackknife(module):
     per_image = images.mean(axis=(1, 2, 3))
     assert each.stderr == pytest.approx(per_image.std(ddof=1) / math.sqrt(40))
     assert call("with_error").measure(images) == Measurement(images.mean(), 0.5)
+
+
+def test_what_a_call_prints_is_no_part_of_the_answer(module, capsys):
+    module.write_text('print("imported")\n' + SOURCE)
+    call("talks").measure(flat([9] * 12))
+    assert capsys.readouterr() == ("", "imported\nwhat it has to say\n")
 
 
 def test_call_cannot_spoil_the_images_for_the_next_property(module):

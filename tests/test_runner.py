@@ -274,9 +274,10 @@ def test_models_without_a_seed_have_no_substitute(tiny):
         assert (instead.key == evaluation.key) == (evaluation.subject in ("trained", "pruned"))
 
 
-def test_a_property_that_is_not_finite_fails_alone(again, done, tmp_path, monkeypatch):
+@pytest.mark.parametrize("answer", ["float('nan'), 0.0", "1e101, 0.0", "1.0, float('nan')"])
+def test_a_property_that_is_not_finite_fails_alone(again, done, tmp_path, monkeypatch, answer):
     """The run itself is sound: other properties and other jobs keep their values."""
-    (tmp_path / "nan_property.py").write_text("def nan(images):\n    return float('nan'), 0.0\n")
+    (tmp_path / "nan_property.py").write_text(f"def nan(images):\n    return {answer}\n")
     install(tmp_path, "nan_property.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = attribution_bytes(again())
