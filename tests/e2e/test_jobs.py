@@ -41,8 +41,9 @@ PLANTED: dict[str, Any] = {
         {"kind": "class_share", "label": digit, "classifier": {"epochs": 8}} for digit in DIGITS
     ],
     "estimator": {"kind": "ridge", "budget": 30, "holdout": 0, "endpoint_replicates": 2},
-    "resources": {"device": "cpu", "workers": 2},
+    "resources": {"device": "cpu", "workers": 2, "cohort": 4},
 }
+COHORTS = {"device": "cpu", "workers": 2, "cohort": 3}
 
 
 def write(path: Path, tree: dict[str, Any]) -> Path:
@@ -107,6 +108,14 @@ def undisturbed(tmp_path_factory) -> bytes:
     return report_bytes(folder / "store")
 
 
+@pytest.fixture(scope="module")
+def undisturbed_cohorts(tmp_path_factory) -> bytes:
+    """The same in cohorts of 3."""
+    folder = tmp_path_factory.mktemp("undisturbed-cohorts")
+    run("run", write(folder / "job.yaml", tiny_tree(folder / "store", resources=COHORTS)))
+    return report_bytes(folder / "store")
+
+
 def test_two_workers_and_four_shards_give_the_same_bytes(undisturbed, tmp_path):
     two = write(
         tmp_path / "two.yaml",
@@ -123,7 +132,9 @@ def test_two_workers_and_four_shards_give_the_same_bytes(undisturbed, tmp_path):
     assert report_bytes(tmp_path / "four") == undisturbed
 
 
-def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bytes(undisturbed, tmp_path):
+def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bytes(
+    undisturbed, undisturbed_cohorts, tmp_path
+):
     """Kill the run at random moments, gently or not, until it gets through; ten kills in all."""
     moments = random.Random(20)
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGINT] * 2
@@ -131,7 +142,9 @@ def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bytes(undisturb
     while signals:
         started += 1
         store = tmp_path / f"store{started}"
-        job = write(tmp_path / f"job{started}.yaml", tiny_tree(store))
+        resources = TINY["resources"] if started % 2 else COHORTS
+        wanted = undisturbed if started % 2 else undisturbed_cohorts
+        job = write(tmp_path / f"job{started}.yaml", tiny_tree(store, resources=resources))
         for _ in range(6):
             process = start("run", job)
             time.sleep(moments.uniform(1.5, 8.0))
@@ -146,7 +159,7 @@ def test_killed_at_ten_random_moments_and_resumed_gives_the_same_bytes(undisturb
                 finish(process)
                 break
         run("run", job)
-        assert report_bytes(store) == undisturbed
+        assert report_bytes(store) == wanted
 
 
 def test_a_stopped_training_resumes_from_its_checkpoint(tmp_path):
