@@ -102,10 +102,24 @@ class Evaluation:
         """Models that are made and sampled at once, this one among them; 1: it alone."""
         return self.recipe["numerics"]["cohort"]
 
-    def joins(self, other: Evaluation) -> bool:
-        """Say whether both can be of one cohort: all but their members and seeds is the same."""
+    @cached_property
+    def place(self) -> int:
+        """Its place among a cohort's models: a place may decide bits, so it follows from the key.
+
+        Where vectors end, and how memory is aligned, depends on it (docs/decisions).
+        """
+        return int(self.key[:15], 16) % self.cohort
+
+    def joins(self, others: Sequence[Evaluation]) -> bool:
+        """Say whether it can be of one cohort with others.
+
+        All but members and seeds must be the same, and nobody in its place.
+        """
         own = dict.fromkeys(("members", "seed", "sampling_seed"))
-        return {**self.recipe, **own} == {**other.recipe, **own}
+        return all(
+            self.place != other.place and {**self.recipe, **own} == {**other.recipe, **own}
+            for other in others
+        )
 
     @property
     def title(self) -> str:

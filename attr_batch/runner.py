@@ -82,12 +82,13 @@ class Drawn:
     seconds: dict[str, float]
 
 
-def filled(cohort: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return as many evaluations as a cohort has places, the last one repeated.
+def placed(cohort: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return a cohort's evaluations by place; the first one also fills what is empty.
 
-    The number of places decides bits; who is in the others does not.
+    The number of places and its own decide an evaluation's bits; who is in the others does not.
     """
-    return [*cohort, *[cohort[-1]] * (cohort[0].cohort - len(cohort))]
+    there = {e.place: e for e in cohort}
+    return [there.get(place, cohort[0]) for place in range(cohort[0].cohort)]
 
 
 def draw_together(cohort: Sequence[Evaluation], lab: Laboratory, upkeep: Upkeep) -> list[Drawn]:
@@ -111,7 +112,7 @@ def draw_together(cohort: Sequence[Evaluation], lab: Laboratory, upkeep: Upkeep)
     each = samples if cohort[0].cohort > 1 else [samples]
     spent = {"finetune": trained - started, "sample": drawn - trained}
     seconds = {phase: value / len(cohort) for phase, value in spent.items()}
-    return [Drawn(own, seconds) for own in each[: len(cohort)]]
+    return [Drawn(each[e.place], seconds) for e in cohort]
 
 
 class Diverged(NumericsError):
@@ -257,8 +258,8 @@ class Laboratory:
         checkpoint = self.ledger.work(self.checkpoint_name(cohort))
         run: Unseeded = {"checkpoint": checkpoint, "upkeep": upkeep, "device": self.device}
         if first.cohort > 1 and isinstance(counterfactual, Finetuning):
-            images = [dataset.subset(e.entry.coalition).images for e in filled(cohort)]
-            seeds = [e.recipe["seed"] for e in filled(cohort)]
+            images = [dataset.subset(e.entry.coalition).images for e in placed(cohort)]
+            seeds = [e.recipe["seed"] for e in placed(cohort)]
             with _divergence():
                 return counterfactual.derive_cohort(self.base, images, seeds, **run)
         coalition, seed = first.entry.coalition, first.recipe["seed"]
@@ -275,7 +276,7 @@ class Laboratory:
         All of the plan begin with the same noise. Diverged if one is not finite.
         """
         card = self.job.card
-        seeds = [e.recipe["sampling_seed"] for e in filled(cohort)]
+        seeds = [e.recipe["sampling_seed"] for e in placed(cohort)]
         with _divergence():
             return self.spec.sampling.draw(
                 model,
@@ -289,15 +290,18 @@ class Laboratory:
     def checkpoint_name(self, cohort: Sequence[Evaluation]) -> str:
         """Return the name of a cohort's checkpoint among the work on the way.
 
-        It begins with the first run's key, and tells who else is in it.
+        It begins with a run's key, and tells who else is in it.
         """
-        keys = [e.key for e in cohort]
+        keys = sorted(e.key for e in cohort)
         others = f"-{digest(keys)[:12]}" if cohort[0].cohort > 1 else ""
         return f"runs/{keys[0]}{others}.safetensors"
 
     def forget(self, cohort: Sequence[Evaluation]) -> None:
-        """Remove what is left of a cohort on the way."""
-        self.ledger.store.discard(self.checkpoint_name(cohort))
+        """Remove all checkpoints that are named after one of a cohort's runs."""
+        keys = {e.key for e in cohort}
+        for name in self.ledger.store.children("work/runs"):
+            if name[:64] in keys:
+                self.ledger.store.discard(f"runs/{name}")
 
     def keep(self, evaluation: Evaluation, drawn: Drawn) -> None:
         """Publish what `sampling.keep` says, and how the samples came to be."""
@@ -318,7 +322,7 @@ class Laboratory:
             "provenance": self._provenance,
         }
         ledger.publish_fact(ledger.derivation_name(key), fact)
-        self.forget([evaluation])
+        ledger.store.discard(self.checkpoint_name([evaluation]))
 
     def publish(
         self, evaluation: Evaluation, prop: Property, measured: Any, seconds: float
@@ -476,7 +480,7 @@ class Worker:
         cohort: list[Evaluation] = []
         try:
             while not cohort or len(cohort) < cohort[0].cohort:
-                evaluation = self._next(cohort[0] if cohort else None)
+                evaluation = self._next(cohort)
                 if evaluation is None:
                     break
                 cohort.append(evaluation)
@@ -486,10 +490,10 @@ class Worker:
             raise
         return cohort
 
-    def _next(self, to_join: Evaluation | None = None) -> Evaluation | None:
+    def _next(self, cohort: Sequence[Evaluation] = ()) -> Evaluation | None:
         """Claim the next evaluation: own ones in order, then what others have not come to.
 
-        With `to_join` the next that can be of one cohort with it.
+        It is one that can join the cohort.
         """
         plan = self.agenda.work
         if self._planned != len(plan):
@@ -505,7 +509,7 @@ class Worker:
                 evaluation = self._queue.popleft()
                 if evaluation.key in self._finished:
                     continue
-                if to_join is not None and not evaluation.joins(to_join):
+                if not evaluation.joins(cohort):
                     later.append(evaluation)
                     continue
                 if self.stopped:
@@ -547,16 +551,15 @@ class Worker:
         """Run a cohort's coalitions, one as a rule, which are ours meanwhile."""
         with contextlib.ExitStack() as claims:
             beats = [claims.enter_context(self.ledger.beating(e.key, e.title)) for e in cohort]
-            together = self._draw_together(cohort, beats) if len(cohort) > 1 else []
+            if len(cohort) > 1:
+                self._draw_together(cohort, beats)
             for evaluation, beat in zip(cohort, beats, strict=True):
                 self._evaluate_one(evaluation, beat)
-            if together:
-                self.lab.forget(together)
+            if cohort[0].cohort > 1:
+                self.lab.forget(cohort)
 
-    def _draw_together(
-        self, cohort: Sequence[Evaluation], beats: Sequence[OnTick]
-    ) -> list[Evaluation]:
-        """Draw for those of a cohort that have no samples yet, and return them.
+    def _draw_together(self, cohort: Sequence[Evaluation], beats: Sequence[OnTick]) -> None:
+        """Draw for those of a cohort that have no samples yet.
 
         What fails for one of them (a model that is not finite makes the cohort's loss so) fails for
         all; then each is left to itself.
@@ -569,7 +572,7 @@ class Worker:
         ledger, job = self.ledger, self.job
         undrawn = [e for e in cohort if job.settled(e) is e and ledger.samples(e.key) is None]
         if len(undrawn) < 2:
-            return []
+            return
         try:
             with self._upkeep(beat, self.lab.checkpoint_name(undrawn)) as upkeep:
                 drawn = draw_together(undrawn, self.lab, upkeep)
@@ -577,7 +580,6 @@ class Worker:
         except Exception as error:
             if isinstance(error, AttrBatchError) and not isinstance(error, NumericsError):
                 raise  # data, ledger or store: no coalition will fare better
-        return undrawn
 
     def _evaluate_one(self, evaluation: Evaluation, beat: OnTick) -> None:
         """Run one coalition; a failure is recorded and the others go on."""

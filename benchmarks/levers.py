@@ -101,8 +101,12 @@ def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
     derived = [e for e in lab.job.plan if e.subject == "derived"]
     joining = [e for e in derived if e.cohort > 1]
     drawn = {}
-    for at in range(0, len(joining), COHORT):
-        cohort = joining[at : at + COHORT]
+    while joining:
+        cohort = []
+        for evaluation in joining:
+            if evaluation.joins(cohort):
+                cohort.append(evaluation)
+        joining = [e for e in joining if e not in cohort]
         drawn |= zip((e.key for e in cohort), draw_together(cohort, lab, Upkeep()), strict=True)
     for evaluation in derived:
         own = drawn.get(evaluation.key) or draw_together([evaluation], lab, Upkeep())[0]

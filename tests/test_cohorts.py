@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -75,15 +76,61 @@ def test_they_give_what_each_gives_alone(done):
     assert alone.things == done.things
 
 
-def test_three_are_trained_at_once_and_places_left_are_filled(together, sizes):
+def test_places_are_filled_in_the_order_of_the_plan(together, sizes):
+    """As many cohorts as the fullest place has evaluations, one of each place in each."""
     job = together()
     work_through(job)
-    full, left = divmod(len(in_cohorts(job)), 3)
-    assert sizes == [3] * full + [left] * (left > 0)
-    assert left > 0
-    assert len({e.entry.replicate for e in in_cohorts(job)[:3]}) > 1
+    places = Counter(e.place for e in in_cohorts(job))
+    assert set(places) == {0, 1, 2}
+    assert sizes == [sum(n > at for n in places.values()) for at in range(max(places.values()))]
     assert not list(job.ledger.store.path("work/runs").iterdir())
     assert job.ledger.heartbeats() == []
+
+
+def test_a_place_follows_from_the_key_alone(done, together):
+    other = together(estimator={**TINY["estimator"], "budget": 12, "holdout": 6})
+    places = {e.key: e.place for e in other.plan}
+    assert all(places.get(e.key, e.place) == e.place for e in done.plan)
+    assert all(e.place == 0 for e in done.plan if e.cohort == 1)
+    first = in_cohorts(done)[0]
+    assert not first.joins([first])
+    assert first.joins([])
+
+
+TELLING = {
+    "counterfactual": {
+        "kind": "sparsified_finetune",
+        "steps": 60,
+        "batch": 5,
+        "learning_rate": 3e-3,
+    },
+    "model": {**TINY["model"], "block_out_channels": [20, 40]},
+}
+
+
+@pytest.mark.parametrize("sections", [{}, TELLING], ids=["tiny", "odd sizes"])
+@pytest.mark.parametrize("size", [2, 5])
+def test_neighbours_change_no_bit_of_a_model(together, sections, size):
+    """A place does, with odd sizes: Adam and silu end a vector otherwise than they begin it."""
+    job = together(resources={**OF_3, "cohort": size}, **sections)
+    lab = Laboratory(job)
+    Worker(lab, 0, 1, "s").prepare(prepares=True)
+    evaluations = in_cohorts(job)
+    first = max(evaluations, key=lambda e: e.place)
+    others = [e for e in evaluations if e.joins([first])]
+
+    def weights(cohort: list[Evaluation]) -> list[bytes]:
+        model = lab.model(cohort, log.Upkeep())
+        lab.forget(cohort)
+        return [p.detach()[first.place].numpy().tobytes() for p in model.parameters()]
+
+    alone = weights([first])
+    assert weights([first, others[0]]) == alone
+    full = [first]
+    for other in reversed(others):
+        full += [other] if other.joins(full) else []
+    assert len(full) == size
+    assert weights(full[::-1]) == alone
 
 
 def test_neither_shards_nor_neighbours_change_a_bit(done, together):
@@ -129,19 +176,20 @@ def test_a_stopped_cohort_goes_on(done, together, monkeypatch, phase):
 def test_a_study_of_other_seeds_is_evaluated_in_cohorts_too(together, sizes):
     """Its samples begin with noise of their own, and they are those of every cohort."""
     plan = together()
-    entries = [replace(e.entry, replicate=1 + k) for k, e in enumerate(in_cohorts(plan)[4:7])]
+    entries = [replace(e.entry, replicate=1 + k) for k, e in enumerate(in_cohorts(plan))]
     study = Study("other", tuple(entries), plan.spec.counterfactual, streams="other")
     job = Job(plan.spec, [study])
-    first, *others = job.studied
-    assert len({e.recipe["sampling_seed"] for e in job.studied}) == 3
-    assert all(e.joins(first) for e in others)
+    assert len({e.recipe["sampling_seed"] for e in job.studied}) == len(job.studied)
+    cohort: list[Evaluation] = []
+    for evaluation in job.studied:
+        cohort += [evaluation] if evaluation.joins(cohort) else []
     lab = Laboratory(job)
     Worker(lab, 0, 1, "s").prepare(prepares=True)
-    drawn = runner.draw_together(job.studied, lab, log.Upkeep())
-    alone = runner.draw_together(others[:1], lab, log.Upkeep())[0]
+    first, second, _ = runner.draw_together(cohort, lab, log.Upkeep())
+    (alone,) = runner.draw_together(cohort[1:2], lab, log.Upkeep())
     assert sizes == [3, 1]
-    assert np.array_equal(drawn[1].samples, alone.samples)
-    assert not np.array_equal(drawn[0].samples, alone.samples)
+    assert np.array_equal(second.samples, alone.samples)
+    assert not np.array_equal(first.samples, alone.samples)
 
 
 def test_a_checkpoint_of_a_finished_cohort_is_not_needed(done, tmp_path):
@@ -246,28 +294,51 @@ def test_the_plan_says_what_another_cohort_makes_new(done, together):
 # -- how many -------------------------------------------------------------------------------------
 
 
-def test_the_pilot_grows_a_cohort_while_it_pays(together, monkeypatch):
+@pytest.fixture
+def taking(together, monkeypatch) -> Callable[[dict[int, float]], Job]:
+    """Return a job of which a coalition takes so many seconds in a cohort of so many."""
     job = together()
     Worker(Laboratory(job), 0, 1, "s").prepare(prepares=True)
-    seconds = {2: 6.0, 4: 4.0, 8: 3.9}
 
-    def drawn(cohort, lab, upkeep):
-        assert len(cohort) == cohort[0].cohort
-        lab.model(cohort, upkeep)
-        return [runner.Drawn(np.zeros(1), {"finetune": seconds[len(cohort)]})] * len(cohort)
+    def with_seconds(seconds: dict[int, float]) -> Job:
+        def drawn(cohort, lab, upkeep):
+            assert len(cohort) == cohort[0].cohort
+            if len(cohort) not in seconds:
+                raise AttrBatchError("the GPU's memory does not hold that many")
+            lab.model(cohort, upkeep)
+            spent = {"finetune": seconds[len(cohort)], "sample": 0.0}
+            return [runner.Drawn(np.zeros(1), spent)] * len(cohort)
 
-    monkeypatch.setattr(pilot, "draw_together", drawn)
+        monkeypatch.setattr(pilot, "draw_together", drawn)
+        return job
+
+    return with_seconds
+
+
+def test_the_pilot_weighs_how_far_the_plan_fills_cohorts(taking):
+    job = taking({2: 6.0, 4: 4.0})
     found = pilot.try_cohorts(job, 10.0)
-    assert [(row["cohort"], row["seconds"]) for row in found] == [(1, 10.0), (2, 6.0), (4, 4.0)]
+    assert [row["cohort"] for row in found] == [1, 2, 4]
+    for row in found[1:]:
+        places = Counter(e.place for e in job.in_cohorts(row["cohort"]).plan if e.cohort > 1)
+        rounds = max(places.values())
+        wanted = {2: 6.0, 4: 4.0}[row["cohort"]] * row["cohort"] * rounds / places.total()
+        assert row["seconds"] == pytest.approx(wanted)
+    assert pilot._best(found) == 4
     assert not list(job.ledger.store.path("work/runs").iterdir())
 
 
-def test_the_pilot_keeps_to_what_the_memory_holds(together, monkeypatch, capsys):
-    def drawn(cohort, *_):
-        if len(cohort) > 2:
-            raise AttrBatchError("the GPU's memory does not hold 4 models and their batches")
-        return [runner.Drawn(np.zeros(1), {"finetune": 1.0})] * len(cohort)
+def test_the_pilot_gives_up_on_what_is_much_slower(taking):
+    found = pilot.try_cohorts(taking({2: 20.0, 4: 1.0}), 10.0)
+    assert [row["cohort"] for row in found] == [1, 2]
+    assert pilot._best(found) == 1
 
-    monkeypatch.setattr(pilot, "draw_together", drawn)
-    assert [row["cohort"] for row in pilot.try_cohorts(together(), 9.0)] == [1, 2]
+
+def test_the_pilot_prefers_the_smaller_of_two_that_are_as_good():
+    found = [{"cohort": 1, "seconds": 9.0}, {"cohort": 2, "seconds": 5.1}]
+    assert pilot._best([*found, {"cohort": 4, "seconds": 5.0}]) == 2
+
+
+def test_the_pilot_keeps_to_what_the_memory_holds(taking, capsys):
+    assert [row["cohort"] for row in pilot.try_cohorts(taking({2: 1.0}), 9.0)] == [1, 2]
     assert "does not hold" in capsys.readouterr().err
