@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--prepare", action="store_true", help="only make what all coalitions share")
     add_job("check", _check, "check spec, data, model and properties before any work", True)
     add_job("plan", _plan, "show what a run would do, what it can reuse, and why not", True)
-    add_job("pilot", _pilot, "measure how many images a coalition are worth their time", True)
+    add_job(
+        "pilot", _pilot, "measure how many images a coalition, and coalitions at once, pay", True
+    )
     add_job("status", _status, "show what is done, running, failed and waiting", True)
     report = add_job("report", _report, "write attribution and report from the ledger", True)
     report.add_argument("--provisional", action="store_true", help="although some are missing")

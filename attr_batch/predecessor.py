@@ -55,8 +55,15 @@ def find(ledger: Ledger, prefix: str, roster: Roster, numerics: Mapping[str, Any
     planned = ledger.plans(specs[0]).values()
     plans = [lines for lines in planned if lines[0]["numerics"] == numerics]
     if not plans:
-        what = f"{specs[0][:12]} was planned for another device or other kernels"
-        raise SpecError(what, _WHERE, "run where the earlier job ran")
+        theirs_class = next((lines[0]["numerics"] for lines in planned), {})
+        differ = [
+            f"{name} {theirs_class.get(name)}, not {ours}"
+            for name, ours in numerics.items()
+            if theirs_class.get(name) != ours
+        ]
+        what = f"{specs[0][:12]} was planned for another numerics class: {', '.join(differ)}"
+        hint = "set resources.cohort and device as there, or run where the earlier job ran"
+        raise SpecError(what, _WHERE, hint)
     fact = ledger.fact(ledger.spec_name(specs[0])) or {}
     theirs: dict[str, str] = fact["content"]["data"]["contributors"]
     place = _places(theirs, roster)

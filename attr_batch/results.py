@@ -690,11 +690,12 @@ def sync(job: Job) -> None:
 
 def _check_numerics(job: Job) -> None:
     """Refuse to show a job as empty whose results another kind of machine has made."""
-    others = job.other_numerics()
-    if others and not Facts(job).values:
+    others, facts = job.other_numerics(), Facts(job)
+    design = {run.key for _, run in facts.rows if run.entry.role == "design"}
+    if others and not any(key in design for key, _ in facts.values):
         theirs, ours = numerics_text(others[0]), numerics_text(job.numerics)
-        what = f"its results are of the numerics class {theirs}; this machine's is {ours}"
-        hint = "run it where device and ops are those (`attr-batch doctor` shows the ops)"
+        what = f"its results are of the numerics class {theirs}; here it is {ours}"
+        hint = "set resources.cohort as there, or run it where device and ops are those"
         raise DataError(what, job.ledger.store.location, hint)
 
 

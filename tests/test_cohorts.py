@@ -12,7 +12,7 @@ from conftest import TINY, work_through
 
 from attr_batch import log, outlook, pilot, results, runner, training
 from attr_batch.counterfactual import SparsifiedFinetune
-from attr_batch.errors import AttrBatchError, Interrupted, NumericsError, SpecError
+from attr_batch.errors import AttrBatchError, DataError, Interrupted, NumericsError, SpecError
 from attr_batch.job import Evaluation, Job, Study
 from attr_batch.runner import Laboratory, Worker
 
@@ -289,6 +289,21 @@ def test_the_plan_says_what_another_cohort_makes_new(done, together):
     assert difference["path"] == "numerics.cohort"
     assert difference["makes_new"] == [outlook.MODELS]
     assert facts["evaluations"]["new"] == len(in_cohorts(other))
+
+
+def test_a_job_of_another_cohort_is_not_shown_as_empty(done):
+    with pytest.raises(DataError, match="cohort [13], .*cohort 7"):
+        results._check_numerics(done.in_cohorts(7))
+
+
+def test_a_job_is_not_continued_in_other_cohorts(done, together):
+    before = {"continues": done.spec_digest}
+    job = Job(done.spec).in_cohorts(2)
+    estimator = done.spec.estimator.model_copy(update=before)
+    job = Job(job.spec.model_copy(update={"estimator": estimator}))
+    with pytest.raises(SpecError, match="cohort [13], not 2") as caught:
+        _ = job.predecessor
+    assert "resources.cohort" in str(caught.value)
 
 
 # -- how many -------------------------------------------------------------------------------------
