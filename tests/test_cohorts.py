@@ -292,7 +292,7 @@ def test_the_plan_says_what_another_cohort_makes_new(done, together):
 
 
 def test_a_job_of_another_cohort_is_not_shown_as_empty(done):
-    with pytest.raises(DataError, match="cohort [13], .*cohort 7"):
+    with pytest.raises(DataError, match=r"cohort [13], .*cohort 7"):
         results._check_numerics(done.in_cohorts(7))
 
 
@@ -301,7 +301,7 @@ def test_a_job_is_not_continued_in_other_cohorts(done, together):
     job = Job(done.spec).in_cohorts(2)
     estimator = done.spec.estimator.model_copy(update=before)
     job = Job(job.spec.model_copy(update={"estimator": estimator}))
-    with pytest.raises(SpecError, match="cohort [13], not 2") as caught:
+    with pytest.raises(SpecError, match=r"cohort [13], not 2") as caught:
         _ = job.predecessor
     assert "resources.cohort" in str(caught.value)
 
