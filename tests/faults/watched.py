@@ -76,13 +76,13 @@ def poison(folder: Path) -> None:
         with (folder / "nan").open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             coalition, count = file.read().split()
-            there = [str(e.entry.coalition) for e in cohort]
-            if coalition in there and int(count):
+            meant = [e for e in cohort if str(e.entry.coalition) == coalition]
+            if meant and int(count):
                 file.seek(0)
                 file.write(f"{coalition} {int(count) - 1}")
                 file.truncate()
                 weights = next(model.parameters()).data
-                own = weights if cohort[0].cohort == 1 else weights[there.index(coalition)]
+                own = weights if meant[0].cohort == 1 else weights[meant[0].place]
                 own.fill_(float("nan"))
         return model
 
