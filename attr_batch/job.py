@@ -131,6 +131,15 @@ class Evaluation:
         return f"coalition {self.entry.coalition}{repeat}{study}"
 
 
+def first_cohort(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Return the first evaluations that can be of one cohort, as many as there are."""
+    cohort: list[Evaluation] = []
+    for evaluation in evaluations:
+        if evaluation.joins(cohort):
+            cohort.append(evaluation)
+    return cohort
+
+
 def distinct(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
     """Return the evaluations, each key once: studies share coalitions."""
     found: dict[str, Evaluation] = {}

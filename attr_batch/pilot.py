@@ -27,7 +27,7 @@ import numpy as np
 
 from attr_batch.counterfactual import Finetuning
 from attr_batch.errors import AttrBatchError, SpecError
-from attr_batch.job import Evaluation, Job
+from attr_batch.job import Evaluation, Job, first_cohort
 from attr_batch.log import Upkeep, say
 from attr_batch.runner import Laboratory, Worker, draw_together
 
@@ -71,9 +71,7 @@ def pilot(job: Job) -> dict[str, Any]:
     t = float(np.median([run["finetune"] for run in flat]))
     u = float(np.median([run["sample"] for run in flat])) / images
     properties = [_advise(p.name, runs, images, t, u) for p in job.spec.properties]
-    cohorts: list[dict[str, Any]] = [{"cohort": 1, "seconds": t + u * images, "filled": 1.0}]
-    if isinstance(job.spec.counterfactual, Finetuning):
-        cohorts = try_cohorts(job, t + u * images)
+    cohorts = try_cohorts(job, t + u * images)
     return {
         "images": images,
         "coalitions": COALITIONS,
@@ -92,14 +90,11 @@ def try_cohorts(job: Job, alone: float) -> list[dict[str, Any]]:
     `alone`: what a coalition takes by itself.
     """
     found: list[dict[str, Any]] = [{"cohort": 1, "seconds": alone, "filled": 1.0}]
-    for size in COHORTS:
+    for size in COHORTS if isinstance(job.spec.counterfactual, Finetuning) else ():
         larger = job.in_cohorts(size)
         places = Counter(e.place for e in larger.plan if e.cohort > 1)
         filled = places.total() / (size * max(places.values()))
-        cohort: list[Evaluation] = []
-        for evaluation in larger.plan:
-            if evaluation.cohort > 1 and evaluation.joins(cohort):
-                cohort.append(evaluation)
+        cohort = first_cohort(e for e in larger.plan if e.cohort > 1)
         if len(cohort) < size:
             break
         lab = Laboratory(larger)

@@ -690,9 +690,12 @@ def sync(job: Job) -> None:
 
 def _check_numerics(job: Job) -> None:
     """Refuse to show a job as empty whose results another kind of machine has made."""
-    others, facts = job.other_numerics(), Facts(job)
+    others = job.other_numerics()
+    if not others:
+        return
+    facts = Facts(job)
     design = {run.key for _, run in facts.rows if run.entry.role == "design"}
-    if others and not any(key in design for key, _ in facts.values):
+    if not any(key in design for key, _ in facts.values):
         theirs, ours = numerics_text(others[0]), numerics_text(job.numerics)
         what = f"its results are of the numerics class {theirs}; here it is {ours}"
         hint = "set resources.cohort as there, or run it where device and ops are those"

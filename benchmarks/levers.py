@@ -36,7 +36,7 @@ from attr_batch import ops  # noqa: E402
 from attr_batch.estimators import Observation, PairedLS  # noqa: E402
 from attr_batch.estimators.attribution import spearman  # noqa: E402
 from attr_batch.facts import one_thread  # noqa: E402
-from attr_batch.job import Job  # noqa: E402
+from attr_batch.job import Job, first_cohort  # noqa: E402
 from attr_batch.log import Upkeep  # noqa: E402
 from attr_batch.runner import Laboratory, Worker, draw_together  # noqa: E402
 from attr_batch.sampling import Sampling  # noqa: E402
@@ -102,10 +102,7 @@ def evaluate(job: Job) -> dict[str, list[dict[str, Any]]]:
     joining = [e for e in derived if e.cohort > 1]
     drawn = {}
     while joining:
-        cohort = []
-        for evaluation in joining:
-            if evaluation.joins(cohort):
-                cohort.append(evaluation)
+        cohort = first_cohort(joining)
         joining = [e for e in joining if e not in cohort]
         drawn |= zip((e.key for e in cohort), draw_together(cohort, lab, Upkeep()), strict=True)
     for evaluation in derived:

@@ -13,7 +13,7 @@ from conftest import TINY, work_through
 from attr_batch import log, outlook, pilot, results, runner, training
 from attr_batch.counterfactual import SparsifiedFinetune
 from attr_batch.errors import AttrBatchError, DataError, Interrupted, NumericsError, SpecError
-from attr_batch.job import Evaluation, Job, Study
+from attr_batch.job import Evaluation, Job, Study, first_cohort
 from attr_batch.runner import Laboratory, Worker
 
 KEPT = {**TINY["sampling"], "keep": "all"}
@@ -126,9 +126,7 @@ def test_neighbours_change_no_bit_of_a_model(together, sections, size):
 
     alone = weights([first])
     assert weights([first, others[0]]) == alone
-    full = [first]
-    for other in reversed(others):
-        full += [other] if other.joins(full) else []
+    full = first_cohort([first, *reversed(others)])
     assert len(full) == size
     assert weights(full[::-1]) == alone
 
@@ -180,9 +178,7 @@ def test_a_study_of_other_seeds_is_evaluated_in_cohorts_too(together, sizes):
     study = Study("other", tuple(entries), plan.spec.counterfactual, streams="other")
     job = Job(plan.spec, [study])
     assert len({e.recipe["sampling_seed"] for e in job.studied}) == len(job.studied)
-    cohort: list[Evaluation] = []
-    for evaluation in job.studied:
-        cohort += [evaluation] if evaluation.joins(cohort) else []
+    cohort = first_cohort(job.studied)
     lab = Laboratory(job)
     Worker(lab, 0, 1, "s").prepare(prepares=True)
     first, second, _ = runner.draw_together(cohort, lab, log.Upkeep())

@@ -73,10 +73,7 @@ class Finetuning(Brief):
         """Return the models of K coalitions as one (`fused.stack`); each has images and a seed."""
         cohort = stack([base.module(self.start)] * len(images))
         ema = self._average(base, cohort)
-        train(cohort, images, base.schedule, self, seed=seeds, ema=ema, **run)
-        if ema is not None:
-            ema.copy_to(cohort)
-        return cohort
+        return _learn(cohort, images, base.schedule, self, ema, seed=seeds, **run)
 
     def _average(self, base: Base, module: torch.nn.Module) -> Ema | None:
         if self.ema == "continued":
@@ -208,14 +205,15 @@ def _short_ema(ema: str, module: torch.nn.Module) -> Ema | None:
 
 def _learn(
     module: Any,
-    images: np.ndarray,
+    images: np.ndarray | Sequence[np.ndarray],
     schedule: NoiseSchedule,
     training: Training,
     ema: Ema | None,
-    **run: Unpack[Run],
+    seed: int | Sequence[int],
+    **run: Unpack[Unseeded],
 ) -> Any:
     """Train `module` in place and return it, with the weights of `ema` where there is one."""
-    train(module, images, schedule, training, ema=ema, **run)
+    train(module, images, schedule, training, seed=seed, ema=ema, **run)
     if ema is not None:
         ema.copy_to(module)
     return module
