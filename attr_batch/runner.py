@@ -258,8 +258,9 @@ class Laboratory:
         checkpoint = self.ledger.work(self.checkpoint_name(cohort))
         run: Unseeded = {"checkpoint": checkpoint, "upkeep": upkeep, "device": self.device}
         if first.cohort > 1 and isinstance(counterfactual, Finetuning):
-            images = [dataset.subset(e.entry.coalition).images for e in placed(cohort)]
-            seeds = [e.recipe["seed"] for e in placed(cohort)]
+            by_place = placed(cohort)
+            images = [dataset.subset(e.entry.coalition).images for e in by_place]
+            seeds = [e.recipe["seed"] for e in by_place]
             with _divergence():
                 return counterfactual.derive_cohort(self.base, images, seeds, **run)
         coalition, seed = first.entry.coalition, first.recipe["seed"]
@@ -368,6 +369,11 @@ def _divergence() -> Iterator[None]:
         yield
     except NumericsError as error:
         raise Diverged.of(error.problems) from error
+
+
+def _stops_all(error: Exception) -> bool:
+    """Say whether no coalition will fare better: data, ledger or store, or told to stop."""
+    return isinstance(error, AttrBatchError) and not isinstance(error, NumericsError)
 
 
 @dataclass(frozen=True)
@@ -578,8 +584,8 @@ class Worker:
                 drawn = draw_together(undrawn, self.lab, upkeep)
             self.lab.drawn = dict(zip((e.key for e in undrawn), drawn, strict=True))
         except Exception as error:
-            if isinstance(error, AttrBatchError) and not isinstance(error, NumericsError):
-                raise  # data, ledger or store: no coalition will fare better
+            if _stops_all(error):
+                raise
 
     def _evaluate_one(self, evaluation: Evaluation, beat: OnTick) -> None:
         """Run one coalition; a failure is recorded and the others go on."""
@@ -588,8 +594,8 @@ class Worker:
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
-            if isinstance(error, AttrBatchError) and not isinstance(error, NumericsError):
-                raise  # data, ledger or store: no coalition will fare better
+            if _stops_all(error):
+                raise
             if not isinstance(error, AttrBatchError):
                 traceback.print_exc()
             self.ledger.record_failure(evaluation.key, error, self.session, evaluation.title)
